@@ -1,0 +1,135 @@
+"""The names of dims, variables, coordinates and attributes of a summary Dataset, and the check that a Dataset has them.
+
+Dims are ``group``, ``group2``, ``group3``, ... (xarray does not support a repeated dim; the suffix convention is that of
+xarray-einstats), each with the same labels; ``step`` stands in front for a series of checkpoints. Variables are ``loss``,
+``D1``, ``D2``, ... with ``D1_se``, ...; ``D3_diag`` with ``D3_diag_se`` where the diagonal alone was computed;
+``D2_batch`` and ``weight`` where blocks of batches were kept.
+"""
+
+import re
+
+import xarray as xr
+
+from hoanalysis.errors import SchemaError
+
+SCHEMA_VERSION = "1"
+
+GROUP = "group"
+STEP = "step"
+BATCH = "batch"
+LOSS = "loss"
+WEIGHT = "weight"
+KINDS = ("weight", "bias", "norm", "embedding", "other")
+
+#: Coordinates on ``group``; those in the second row carry ``step`` as well in a series.
+GROUP_COORDS = ("layer", "kind", "numel", "shape", "aliases")
+GROUP_COORDS_BY_STEP = ("direction_norm", "parameter_norm")
+#: Coordinates on ``step`` (scalars in the Dataset of one checkpoint).
+STEP_COORDS = ("sha256", "engine", "self_check", "n_batches")
+
+ATTRS = (
+    "schema_version",
+    "order",
+    "direction",
+    "partition",
+    "dtype",
+    "n_samples",
+    "created_at",
+    "creation_library",
+    "creation_library_version",
+    "torch_version",
+    "torch_threads",
+    "provenance",
+)
+
+LONG_NAMES = {
+    "loss": "loss",
+    "weight": "sum of sample weights of a block of batches",
+    "layer": "module that owns the parameters",
+    "kind": "kind of parameter",
+    "numel": "number of parameters in the group",
+    "shape": "shape of the parameter tensor",
+    "aliases": "other names of tied parameters",
+    "direction_norm": "Euclidean norm of the direction in the group",
+    "parameter_norm": "Euclidean norm of the parameters in the group",
+    "sha256": "SHA-256 of the checkpoint file",
+    "engine": "engine that computed the derivatives",
+    "self_check": "relative error of the self-check",
+    "n_batches": "number of batches",
+    "loss_along": "loss at theta + tau u",
+    "loss_removed": "loss with the group moved by its whole direction",
+    "coverage": "share of the units that are in the store",
+}
+
+
+def group_dim(position: int) -> str:
+    """The dim of the 0-based index ``position``: ``group``, ``group2``, ``group3``, ...
+
+    >>> [group_dim(i) for i in range(3)]
+    ['group', 'group2', 'group3']
+    """
+    return GROUP if position == 0 else f"{GROUP}{position + 1}"
+
+
+def group_dims(order: int) -> tuple[str, ...]:
+    """The dims of D^(order)."""
+    return tuple(group_dim(i) for i in range(order))
+
+
+def derivative(order: int) -> str:
+    """The variable of D^(order): ``D1``, ``D2``, ..."""
+    return f"D{order}"
+
+
+def diagonal(order: int) -> str:
+    """The variable of the diagonal of D^(order), where it alone was computed: ``D3_diag``."""
+    return f"D{order}_diag"
+
+
+def error_of(variable: str) -> str:
+    """The variable that holds the standard error of ``variable``."""
+    return f"{variable}_se"
+
+
+def blocks_of(variable: str) -> str:
+    """The variable that holds the un-normalised sums of ``variable`` over blocks of batches."""
+    return f"{variable}_batch"
+
+
+def orders(ds: xr.Dataset) -> list[int]:
+    """The orders whose full tensor the Dataset holds."""
+    found = (re.fullmatch(r"D([1-9]\d*)", str(name)) for name in ds.data_vars)
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def labels(ds: xr.Dataset) -> list[str]:
+    """The group labels, in order."""
+    return [str(g) for g in ds[GROUP].values]
+
+
+def validate(ds: xr.Dataset) -> xr.Dataset:
+    """Return ``ds`` if it is a summary Dataset of a schema that this version reads; raise `SchemaError` otherwise."""
+    if GROUP not in ds.dims or LOSS not in ds.data_vars:
+        raise SchemaError(
+            "this Dataset does not hold summaries",
+            why=f"it has no dim {GROUP!r} or no variable {LOSS!r}; its variables are {list(map(str, ds.data_vars))[:10]}",
+            do="open a file that ho.summarize, ho.summarize_run or ho.open_store made",
+        )
+    version = str(ds.attrs.get("schema_version", ""))
+    if version != SCHEMA_VERSION:
+        raise SchemaError(
+            f"this Dataset follows schema version {version or 'unknown'}, and this library reads version {SCHEMA_VERSION}",
+            do="update hoanalysis" if version > SCHEMA_VERSION else "recompute the summaries",
+        )
+    n = ds.sizes[GROUP]
+    for order in orders(ds):
+        dims = group_dims(order)
+        if ds[derivative(order)].dims[-order:] != dims:
+            raise SchemaError(f"{derivative(order)} has dims {ds[derivative(order)].dims}, expected {dims} last")
+        for dim in dims:
+            if ds.sizes[dim] != n or list(ds[dim].values) != list(ds[GROUP].values):
+                raise SchemaError(f"the labels of {dim!r} are not those of {GROUP!r}")
+    missing = [a for a in ATTRS if a not in ds.attrs]
+    if missing:
+        raise SchemaError(f"the Dataset lacks the attributes {missing}", do="recompute the summaries")
+    return ds
