@@ -25,9 +25,7 @@ class HoError(Exception):
         self.what, self.where, self.why, self.do, self.kept = what, where, why, do, kept
         lines = [what]
         lines += [
-            f"  {label}: {text}"
-            for label, text in (("where", where), ("why", why), ("do", do), ("kept", kept))
-            if text
+            f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("do", do), ("kept", kept)) if text
         ]
         super().__init__("\n".join(lines))
 

@@ -1,16 +1,16 @@
-"""The names of dims, variables, coordinates and attributes of a summary Dataset, and the check that a Dataset has them.
+"""The names of dims, variables, coordinates and attributes of a summary Dataset, and the check that it has them.
 
-Dims are ``group``, ``group2``, ``group3``, ... (xarray does not support a repeated dim; the suffix convention is that of
-xarray-einstats), each with the same labels; ``step`` stands in front for a series of checkpoints. Variables are ``loss``,
-``D1``, ``D2``, ... with ``D1_se``, ...; ``D3_diag`` with ``D3_diag_se`` where the diagonal alone was computed;
-``D2_batch`` and ``weight`` where blocks of batches were kept.
+Dims are ``group``, ``group2``, ``group3``, ... (xarray does not support a repeated dim; the suffix convention is that
+of xarray-einstats), each with the same labels; ``step`` stands in front for a series of checkpoints. Variables are
+``loss``, ``D1``, ``D2``, ... with ``D1_se``, ...; ``D3_diag`` with ``D3_diag_se`` where the diagonal alone was
+computed; ``D2_batch`` and ``weight`` where blocks of batches were kept.
 """
 
 import re
 
 import xarray as xr
 
-from hoanalysis.errors import SchemaError
+from hoanalysis.errors import SchemaError, listed
 
 SCHEMA_VERSION = "1"
 
@@ -112,13 +112,13 @@ def validate(ds: xr.Dataset) -> xr.Dataset:
     if GROUP not in ds.dims or LOSS not in ds.data_vars:
         raise SchemaError(
             "this Dataset does not hold summaries",
-            why=f"it has no dim {GROUP!r} or no variable {LOSS!r}; its variables are {list(map(str, ds.data_vars))[:10]}",
+            why=f"it has no dim {GROUP!r} or no variable {LOSS!r}; its variables are {listed(ds.data_vars)}",
             do="open a file that ho.summarize, ho.summarize_run or ho.open_store made",
         )
     version = str(ds.attrs.get("schema_version", ""))
     if version != SCHEMA_VERSION:
         raise SchemaError(
-            f"this Dataset follows schema version {version or 'unknown'}, and this library reads version {SCHEMA_VERSION}",
+            f"this Dataset follows schema version {version or 'unknown'}, this library reads version {SCHEMA_VERSION}",
             do="update hoanalysis" if version > SCHEMA_VERSION else "recompute the summaries",
         )
     n = ds.sizes[GROUP]

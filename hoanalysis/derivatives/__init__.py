@@ -1,0 +1,1 @@
+"""The derivative engines: ``tangents`` in O(S) passes, ``nested`` as the paper's recursion and last resort."""

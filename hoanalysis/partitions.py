@@ -1,0 +1,420 @@
+"""Partitions: ordered, named, disjoint, complete groups T_1..T_S of a model's parameters.
+
+A partition is plain data. It knows parameters by name and shape, never by identity, so that one partition serves every
+checkpoint of a run, and a stored one can be compared with a model years later. Each parameter is assigned either as a
+whole to one group, or entry by entry through an integer array of its own shape:
+
+    eta_of(W) = eta[assignment[W]]        a number, or an array shaped like W
+
+which covers whole tensors, merged tensors, slices along an axis and single entries with one rule.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hoanalysis.errors import PartitionError, listed, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Assignment = int | np.ndarray
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What a partition knows of one parameter tensor."""
+
+    shape: tuple[int, ...]
+    layer: str
+    kind: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Ordered, named, disjoint, complete groups of parameters.
+
+    Parameters
+    ----------
+    labels
+        The S group names, in order.
+    parameters
+        Parameter name -> `ParameterInfo`, in the order of ``model.named_parameters()``.
+    assignment
+        Parameter name -> the group of the whole tensor, or an int64 array of the tensor's shape.
+    name
+        How the partition was asked for; stored in the attribute ``partition`` of results.
+    frozen
+        Names of parameters that were left out because they do not require a gradient.
+
+    Raises
+    ------
+    PartitionError
+        Where a group is empty, a label repeats, or a parameter has no group.
+    """
+
+    labels: tuple[str, ...]
+    parameters: Mapping[str, ParameterInfo]
+    assignment: Mapping[str, Assignment]
+    name: str = "custom"
+    frozen: tuple[str, ...] = ()
+    _numel: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        repeated = sorted({x for x in self.labels if self.labels.count(x) > 1}) if len(self.labels) < 4096 else []
+        if repeated or len(set(self.labels)) < len(self.labels):
+            raise PartitionError(f"group labels repeat: {listed(repeated)}", do="give every group a name of its own")
+        if missing := [p for p in self.parameters if p not in self.assignment]:
+            raise PartitionError(f"parameters without a group: {listed(missing)}", do="name them, or pass rest='label'")
+        if unknown := [p for p in self.assignment if p not in self.parameters]:
+            raise PartitionError(f"assigned parameters that do not exist: {listed(unknown)}")
+        numel = np.zeros(len(self.labels), dtype=np.int64)
+        for name, info in self.parameters.items():
+            a = self.assignment[name]
+            if isinstance(a, np.ndarray):
+                if a.shape != info.shape:
+                    raise PartitionError(f"the assignment of {name!r} has shape {a.shape}, the tensor {info.shape}")
+                numel += np.bincount(a.ravel(), minlength=len(self.labels))
+            else:
+                numel[a] += info.numel
+        # A tensor of no entries makes a group of no entries: kept, its derivatives are exact zeros.
+        used: set[int] = set()
+        for a in self.assignment.values():
+            used.update(np.unique(a).tolist() if isinstance(a, np.ndarray) else [a])
+        if empty := [x for i, x in enumerate(self.labels) if i not in used]:
+            raise PartitionError(f"groups without parameters: {listed(empty)}", do="drop them or correct their pattern")
+        object.__setattr__(self, "_numel", numel)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Partition) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    # ---- constructors -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def canonical(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """One group per parameter tensor, in the order of ``named_parameters()``. A tied tensor appears once."""
+        parameters, frozen = describe_parameters(model, include_frozen)
+        if not parameters:
+            raise PartitionError(
+                "the model has no parameters to differentiate",
+                why=f"{len(frozen)} are frozen (requires_grad is False)" if frozen else "it has none at all",
+                do="pass include_frozen=True" if frozen else "check the model",
+            )
+        assignment = {name: i for i, name in enumerate(parameters)}
+        return cls(tuple(parameters), parameters, assignment, "canonical", frozen)
+
+    @classmethod
+    def by_layer(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """One group per module that owns parameters: weight and bias together."""
+        p = cls.canonical(model, include_frozen)
+        return p._grouped_by(lambda name: p.parameters[name].layer, "layer")
+
+    @classmethod
+    def by_kind(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """One group per kind of parameter: weight, bias, norm, embedding, other."""
+        p = cls.canonical(model, include_frozen)
+        return p._grouped_by(lambda name: p.parameters[name].kind, "kind")
+
+    @classmethod
+    def trivial(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """S = 1: the whole parameter vector; the training step is then Cauchy's steepest descent."""
+        return cls.canonical(model, include_frozen)._grouped_by(lambda _: "all", "trivial")
+
+    @classmethod
+    def discrete(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """S = P: one group per entry, labelled ``name[i,j]``; the training step is then Newton's method."""
+        p = cls.canonical(model, include_frozen)
+        labels: list[str] = []
+        assignment: dict[str, Assignment] = {}
+        for name, info in p.parameters.items():
+            assignment[name] = np.arange(len(labels), len(labels) + info.numel, dtype=np.int64).reshape(info.shape)
+            labels += [f"{name}[{','.join(map(str, i))}]" for i in np.ndindex(info.shape)]
+        return cls(tuple(labels), p.parameters, assignment, "discrete", p.frozen)
+
+    @classmethod
+    def by_pattern(
+        cls,
+        model: nn.Module,
+        patterns: Mapping[str, str | Sequence[str]],
+        *,
+        rest: str | None = None,
+        include_frozen: bool = False,
+    ) -> Partition:
+        """Groups given by glob patterns on parameter names: ``{"convs": "conv*", "head": ["fc3.*"]}``.
+
+        Parameters
+        ----------
+        rest
+            The group of every parameter that no pattern matches; without it such parameters are an error.
+
+        Raises
+        ------
+        PartitionError
+            Where a pattern matches nothing, a parameter is matched twice, or one by none.
+        """
+        p = cls.canonical(model, include_frozen)
+        owner: dict[str, str] = {}
+        for label, globs in patterns.items():
+            for glob in [globs] if isinstance(globs, str) else globs:
+                hits = [n for n in p.parameters if fnmatch.fnmatchcase(n, glob)]
+                if not hits:
+                    raise PartitionError(
+                        f"the pattern {glob!r} of group {label!r} matches no parameter",
+                        why=f"the parameters are {listed(p.parameters)}",
+                        do=nearest(glob, p.parameters),
+                    )
+                for n in hits:
+                    if owner.setdefault(n, label) != label:
+                        raise PartitionError(f"parameter {n!r} is in two groups: {owner[n]!r} and {label!r}")
+        if missing := [n for n in p.parameters if n not in owner]:
+            if rest is None:
+                raise PartitionError(
+                    f"parameters that no pattern matches: {listed(missing)}",
+                    do="add a pattern, or pass rest='label' to gather them in one group",
+                )
+            owner.update(dict.fromkeys(missing, rest))
+        order = {label: i for i, label in enumerate([*patterns, *([rest] if rest and missing else [])])}
+        assignment: dict[str, Assignment] = {n: order[owner[n]] for n in p.parameters}
+        return cls(tuple(order), p.parameters, assignment, "pattern", p.frozen)
+
+    @classmethod
+    def blocks(cls, model: nn.Module, n: int, include_frozen: bool = False) -> Partition:
+        """``n`` groups of consecutive tensors with about equal numbers of tensors."""
+        return cls.canonical(model, include_frozen).merge(n)
+
+    @classmethod
+    def split(cls, model: nn.Module, splits: Mapping[str, tuple[int, int]], include_frozen: bool = False) -> Partition:
+        """Canonical, but each tensor that a pattern matches is cut into equal parts: ``{pattern: (axis, parts)}``.
+
+        Part k of ``name`` is labelled ``name[k]``. ``{"*.qkv.weight": (0, 3)}`` tells Q, K and V apart.
+        """
+        p = cls.canonical(model, include_frozen)
+        rule: dict[str, tuple[int, int]] = {}
+        for pattern, spec in splits.items():
+            hits = [n for n in p.parameters if fnmatch.fnmatchcase(n, pattern)]
+            if not hits:
+                raise PartitionError(f"the pattern {pattern!r} matches no parameter", do=nearest(pattern, p.parameters))
+            rule.update(dict.fromkeys(hits, spec))
+        labels: list[str] = []
+        assignment: dict[str, Assignment] = {}
+        for name, info in p.parameters.items():
+            if name not in rule:
+                assignment[name] = len(labels)
+                labels.append(name)
+                continue
+            axis, parts = rule[name]
+            if not -len(info.shape) <= axis < len(info.shape) or parts < 1 or info.shape[axis] % parts:
+                raise PartitionError(
+                    f"{name!r} of shape {info.shape} cannot be cut into {parts} equal parts along axis {axis}"
+                )
+            axis %= len(info.shape)
+            along = np.arange(info.shape[axis]) // (info.shape[axis] // parts) + len(labels)
+            view = along.reshape([-1 if i == axis else 1 for i in range(len(info.shape))])
+            assignment[name] = np.ascontiguousarray(np.broadcast_to(view, info.shape)).astype(np.int64)
+            labels += [f"{name}[{k}]" for k in range(parts)]
+        return cls(tuple(labels), p.parameters, assignment, "split", p.frozen)
+
+    # ---- derived ------------------------------------------------------------------------------------------------
+
+    def merge(self, how: str | int | Mapping[str, Sequence[str]]) -> Partition:
+        """Coarser groups: ``"layer"``, ``"kind"``, ``n`` blocks of consecutive groups, or ``{new: [old, ..]}``.
+
+        Old groups that a mapping does not name stay as they are. A merged group stands where its first member stood.
+        """
+        if how == "layer" or how == "kind":
+            owner = dict(zip(self.labels, self._group_values(str(how)), strict=True))
+        elif isinstance(how, int) and not isinstance(how, bool):
+            if not 1 <= how <= len(self):
+                raise PartitionError(f"cannot merge {len(self)} groups into {how}", do=f"ask for 1 to {len(self)}")
+            chunks = np.array_split(np.arange(len(self)), how)
+            owner = {self.labels[i]: _span(self.labels[c[0]], self.labels[c[-1]]) for c in chunks for i in c}
+        elif isinstance(how, Mapping):
+            owner = {x: x for x in self.labels}
+            for new, olds in how.items():
+                for old in olds:
+                    if old not in owner:
+                        raise PartitionError(f"there is no group {old!r}", do=nearest(old, self.labels))
+                    if owner[old] not in (old, new):
+                        raise PartitionError(f"group {old!r} goes to two: {owner[old]!r} and {new!r}")
+                    owner[old] = new
+        else:
+            raise PartitionError(f"cannot merge by {how!r}", do="use 'layer', 'kind', a number or {new: [old, ..]}")
+        new_labels = list(dict.fromkeys(owner[x] for x in self.labels))
+        table = np.array([new_labels.index(owner[x]) for x in self.labels], dtype=np.int64)
+        assignment: dict[str, Assignment] = {
+            n: table[a] if isinstance(a, np.ndarray) else int(table[a]) for n, a in self.assignment.items()
+        }
+        name = f"{self.name}|merge({how if not isinstance(how, Mapping) else 'mapping'})"
+        return replace(self, labels=tuple(new_labels), assignment=assignment, name=name)
+
+    def _grouped_by(self, key: Callable[[str], str], name: str) -> Partition:
+        owner = {n: key(n) for n in self.parameters}
+        order = {label: i for i, label in enumerate(dict.fromkeys(owner.values()))}
+        assignment: dict[str, Assignment] = {n: order[owner[n]] for n in self.parameters}
+        return replace(self, labels=tuple(order), assignment=assignment, name=name)
+
+    def members(self) -> list[list[str]]:
+        """For each group the parameters that it touches, in order."""
+        out: list[list[str]] = [[] for _ in self.labels]
+        for name, a in self.assignment.items():
+            for s in np.unique(a).tolist() if isinstance(a, np.ndarray) else [a]:
+                out[s].append(name)
+        return out
+
+    def is_whole(self) -> bool:
+        """Whether every tensor belongs to one group as a whole."""
+        return not any(isinstance(a, np.ndarray) for a in self.assignment.values())
+
+    @property
+    def numel(self) -> np.ndarray:
+        """Number of parameters of each group, shape (S,)."""
+        return self._numel
+
+    def _group_values(self, attribute: str) -> list[str]:
+        values = []
+        for names in self.members():
+            found = list(dict.fromkeys(getattr(self.parameters[n], attribute) for n in names))
+            values.append(found[0] if len(found) == 1 else _common(found, attribute))
+        return values
+
+    def coords(self) -> dict[str, list]:
+        """The group coordinates of the schema: layer, kind, numel, shape, aliases."""
+        members = self.members()
+        shapes, aliases = [], []
+        for s, names in enumerate(members):
+            whole = len(names) == 1 and self._numel[s] == self.parameters[names[0]].numel
+            shapes.append("x".join(map(str, self.parameters[names[0]].shape)) if whole else "")
+            aliases.append(";".join(a for n in names for a in self.parameters[n].aliases))
+        return {
+            "layer": self._group_values("layer"),
+            "kind": self._group_values("kind"),
+            "numel": self._numel.tolist(),
+            "shape": shapes,
+            "aliases": aliases,
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 over labels, parameter names, shapes and assignment."""
+        h = hashlib.sha256(json.dumps(self.labels).encode())
+        for name, info in self.parameters.items():
+            a = self.assignment[name]
+            h.update(json.dumps([name, info.shape, a if isinstance(a, int) else "by entry"]).encode())
+            if isinstance(a, np.ndarray):
+                h.update(np.ascontiguousarray(a, dtype="<i8").tobytes())
+        return h.hexdigest()
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `PartitionError` naming the differences where the partition was built for other parameters."""
+        problems = []
+        if missing := [n for n in self.parameters if n not in shapes]:
+            problems.append(f"not in the model: {listed(missing)}")
+        if extra := [n for n in shapes if n not in self.parameters]:
+            problems.append(f"not in the partition: {listed(extra)}")
+        problems += [
+            f"{n!r} has shape {tuple(shapes[n])} in the model and {info.shape} in the partition"
+            for n, info in self.parameters.items()
+            if n in shapes and tuple(shapes[n]) != info.shape
+        ][:10]
+        if problems:
+            raise PartitionError(
+                "the partition was built for other parameters than this model's",
+                why="; ".join(problems),
+                do="build it from this model, with the same include_frozen",
+            )
+
+
+NAMED: dict[str, Callable[..., Partition]] = {
+    "canonical": Partition.canonical,
+    "layer": Partition.by_layer,
+    "kind": Partition.by_kind,
+    "trivial": Partition.trivial,
+    "discrete": Partition.discrete,
+}
+
+
+def resolve(partition: str | Partition, model: nn.Module, include_frozen: bool = False) -> Partition:
+    """A `Partition` from one of the names of `NAMED`, or the given one checked against the model."""
+    if isinstance(partition, str):
+        if partition not in NAMED:
+            raise PartitionError(f"there is no partition named {partition!r}", do=nearest(partition, NAMED))
+        return NAMED[partition](model, include_frozen)
+    if not isinstance(partition, Partition):
+        raise PartitionError(
+            f"a partition is a name or an ho.Partition, not {type(partition).__name__}", do=f"use {listed(NAMED)}"
+        )
+    parameters, _ = describe_parameters(model, include_frozen)
+    partition.check_fits({n: info.shape for n, info in parameters.items()})
+    return partition
+
+
+def describe_parameters(
+    model: nn.Module, include_frozen: bool = False
+) -> tuple[dict[str, ParameterInfo], tuple[str, ...]]:
+    """The parameters of a model in order, tied ones once with their aliases; and the names of the frozen ones."""
+    names_of: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(p), []).append(name)
+    parameters, frozen = {}, []
+    for name, p in model.named_parameters():
+        if not (p.requires_grad or include_frozen):
+            frozen.append(name)
+            continue
+        owner, _, leaf = name.rpartition(".")
+        aliases = tuple(a for a in names_of[id(p)] if a != name)
+        kind = _kind(model.get_submodule(owner), leaf)
+        layer = owner.partition(".parametrizations")[0] or name  # torch hides a re-parameterized weight in there
+        parameters[name] = ParameterInfo(tuple(p.shape), layer, kind, aliases)
+    return parameters, tuple(frozen)
+
+
+def _kind(owner: nn.Module, leaf: str) -> str:
+    """The kind of a parameter, from the class of the module that owns it and its own name.
+
+    The class name decides for norms and embeddings, so that a user's or a library's RMSNorm counts as one.
+    """
+    owner_class = type(owner).__name__
+    if re.search(r"norm", owner_class, re.IGNORECASE):
+        return "norm"
+    if re.search(r"embedding", owner_class, re.IGNORECASE) and re.search(r"weight|embed", leaf):
+        return "embedding"
+    if re.search(r"bias|(^|_)b(_|$)", leaf):
+        return "bias"
+    if re.search(r"weight|(^|_)[wW](_|$)|kernel|original", leaf):
+        return "weight"
+    return "other"
+
+
+def _common(values: Iterable[str], attribute: str) -> str:
+    """The coordinate of a merged group: the common module path of layers, ``other`` for mixed kinds."""
+    if attribute == "kind":
+        return "other"
+    parts = [v.split(".") for v in values]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first}..{last}"

@@ -1,0 +1,449 @@
+"""A Problem: model + data + loss and its normalization, as one function of the parameters.
+
+    L(theta) = sum_b w_b l_b(theta) / sum_b w_b          l_b = the loss of batch b, a mean over w_b terms
+
+The user's model is never changed: every evaluation runs the real module with its parameters and buffers swapped for
+tensors of ours (`torch.func.functional_call`), so parameters, buffers, ``.grad``, train/eval flags and the random state
+come back untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hoanalysis import losses
+from hoanalysis.errors import ArgumentError, DataError, LossError, ModelError, listed
+from hoanalysis.partitions import describe_parameters
+
+Batch = Any
+
+
+@dataclass(frozen=True)
+class State:
+    """The point theta at which the loss is differentiated: parameters (differentiated), the rest, and a dtype."""
+
+    parameters: dict[str, Tensor]
+    fixed: dict[str, Tensor]  # frozen parameters and buffers
+    dtype: torch.dtype | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(p.shape) for n, p in self.parameters.items()}
+
+
+class Problem:
+    """Model, data and loss, ready to be differentiated.
+
+    Parameters
+    ----------
+    model
+        A module; its own train/eval mode counts. Active dropout is refused, train-mode BatchNorm differentiated as
+        it is.
+    data
+        A re-iterable of batches in a fixed order: a ``DataLoader`` without shuffling, a list, `hoanalysis.data`.
+    loss
+        ``loss(model(x), y)`` for batches ``(x, y)``: a mean over the batch.
+    batch_loss
+        Instead of ``loss``: ``fn(model, batch) -> scalar`` for batches of any structure.
+    batch_size
+        ``size(batch)``: the denominator of the batch's mean. Inferred for torch's losses, and for any ``loss=`` that
+        is found to be a mean over rows; asked for otherwise.
+    split
+        ``fn(batch, i, j)`` -> the samples i..j of a batch, so that it can be computed in chunks.
+    reduction
+        ``"mean"``: a batch's loss is a mean over ``size(batch)`` terms, and L the mean over the data. ``"sum"``: it is
+        a sum, and L the sum over the data.
+
+    Raises
+    ------
+    ModelError, LossError, DataError
+        Where the model is random, the loss is no differentiable scalar, its normalization is unknown, or the data is
+        empty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch],
+        loss: Callable | None = None,
+        *,
+        batch_loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        batch_size: Callable[[Batch], float] | None = None,
+        split: Callable[[Batch, int, int], Batch] | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+        if (loss is None) == (batch_loss is None):
+            raise LossError(
+                "a problem needs either loss= or batch_loss=", do="pass loss=torch.nn.functional.cross_entropy"
+            )
+        if reduction not in ("mean", "sum"):
+            raise ArgumentError(f"reduction is 'mean' or 'sum', not {reduction!r}")
+        if isinstance(data, Iterator):
+            raise DataError(
+                "the data is a one-shot iterator",
+                why="it is empty after the first pass, and several passes are needed",
+                do="pass a list, a DataLoader or another re-iterable",
+            )
+        self.model = _unwrapped(model)
+        self.data = data
+        self.reduction = reduction
+        self.loss, self._batch_loss, self._split = loss, batch_loss, split
+        self.notes: list[str] = []
+        #: What is worth computing once: graphs, fingerprints, self-checks. Keyed by whoever fills it.
+        self.cache: dict[Any, Any] = {}
+        self._refuse_dropout()
+        self._size = batch_size or self._inferred_size()
+
+    # ---- the point ----------------------------------------------------------------------------------------------
+
+    def state(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        include_frozen: bool = False,
+    ) -> State:
+        """The point theta: the model's own tensors, or ``weights`` (name -> tensor, as `checkpoints.fit` gives them).
+
+        Tensors of ``weights`` that the model does not have are ignored here: fitting a checkpoint is the loader's job.
+        """
+        selected, _ = describe_parameters(self.model, include_frozen)
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        weights = weights or {}
+        tensors = {n: _cast(weights.get(n, t).detach(), dtype) for n, t in own.items()}
+        half = [n for n in selected if tensors[n].dtype in (torch.float16, torch.bfloat16)]
+        if half:
+            raise ModelError(
+                f"parameters in half precision: {listed(half)}",
+                why="derivatives of order two and more are noise there",
+                do="pass dtype='float32' (or 'float64'): parameters, buffers, direction and inputs are cast",
+            )
+        return State({n: tensors[n] for n in selected}, {n: t for n, t in tensors.items() if n not in selected}, dtype)
+
+    # ---- the loss -----------------------------------------------------------------------------------------------
+
+    def batch_value(self, parameters: Mapping[str, Tensor], state: State, batch: Batch) -> Tensor:
+        """l_b: the loss of one batch as the user's function gives it, with ``parameters`` in the model's place.
+
+        Runs on copies of the buffers, outside autocast; ``batch`` must have been through `cast` for ``state.dtype``.
+        """
+        buffers = {n: t.clone() for n, t in state.fixed.items()}
+        swapped = {f"model.{n}": t for n, t in {**buffers, **parameters}.items()}
+        device = next(iter(parameters.values())).device.type if parameters else "cpu"
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            value = functional_call(_Call(self.model, self._user_loss(state.dtype)), swapped, (batch,))
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise LossError(f"the loss must be a scalar tensor, and is {got}", do="reduce it with .mean() or .sum()")
+        return value
+
+    def cast(self, batch: Batch, dtype: torch.dtype | None) -> Batch:
+        """The batch with its floating tensors in ``dtype``, on the model's device."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return map_tensors(lambda t: _cast(t.detach(), dtype).to(device), batch)
+
+    def size(self, batch: Batch) -> float:
+        """w_b: the denominator of the batch's mean."""
+        w = float(self._size(batch))
+        if not (np.isfinite(w) and w > 0):
+            raise DataError(
+                f"a batch has size {w:g}",
+                why="nothing in it counts: it is empty, or all its targets are masked",
+                do="drop such batches from the data",
+            )
+        return w
+
+    @functools.cached_property
+    def splittable(self) -> bool:
+        """Whether batches may be computed in chunks of samples: the recombined loss equals the whole one.
+
+        Not so for losses that couple the samples of a batch, such as train-mode BatchNorm or a contrastive loss.
+        """
+        if self._split is None and self.loss is None:
+            return False
+        batch = self.cast(self.first_batch(), torch.float64)
+        rows = count_rows(batch)
+        if rows < 2:
+            return False
+        state = self.state(dtype=torch.float64, include_frozen=True)
+        try:
+            parts = [self.take_rows(batch, 0, rows // 2), self.take_rows(batch, rows // 2, rows)]
+            with torch.no_grad():
+                whole, *halves = (float(self.batch_value(state.parameters, state, b)) for b in (batch, *parts))
+            weights = [1.0, 1.0] if self.reduction == "sum" else [self.size(b) / self.size(batch) for b in parts]
+        except Exception:  # a loss that cannot take half a batch is taken whole: nothing is lost but memory
+            return False
+        again = sum(w * v for w, v in zip(weights, halves, strict=True))
+        return abs(again - whole) <= 1e-9 * max(1.0, abs(whole))
+
+    def take_rows(self, batch: Batch, i: int, j: int) -> Batch:
+        """Samples i..j of a batch: the user's ``split``, or the rows of its tensors."""
+        if self._split is not None:
+            return self._split(batch, i, j)
+        rows = count_rows(batch)
+        return map_tensors(lambda t: t[i:j] if t.dim() and len(t) == rows else t, batch)
+
+    # ---- the data -----------------------------------------------------------------------------------------------
+
+    def batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        """The batches of one pass, in order, with the caller's random state kept.
+
+        Raises
+        ------
+        DataError
+            Where there is no batch, or fewer than the pass before gave.
+        """
+        count = 0
+        with _keep_random_state():
+            for batch in self.data:
+                if max_batches is not None and count >= max_batches:
+                    break
+                if count_rows(batch) == 0:
+                    raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
+                yield batch
+                count += 1
+        if count == 0:
+            raise DataError("the data has no batches", do="check the path, the subset and drop_last of the loader")
+
+    def first_batch(self) -> Batch:
+        """The first batch, kept: self-checks and captures use it."""
+        if "first batch" not in self.cache:
+            self.cache["first batch"] = next(iter(self.batches(1)))
+        return self.cache["first batch"]
+
+    def fingerprint(self, max_batches: int | None = None) -> str:
+        """SHA-256 over every tensor of every batch in order. Two passes that differ are an error.
+
+        Raises
+        ------
+        DataError
+            Where a second pass over the first batch gives other data: a shuffled loader or random augmentation.
+        """
+        key = ("data fingerprint", max_batches)
+        if key not in self.cache:
+            digests = [batch_digest(b) for b in self.batches(max_batches)]
+            if batch_digest(next(iter(self.batches(1)))) != digests[0]:
+                raise DataError(
+                    "a second pass over the data gives other batches",
+                    why="the loader shuffles, or augments at random",
+                    do="use shuffle=False and a fixed transform: sums over the data must mean the same each time",
+                )
+            self.cache[key] = hashlib.sha256("".join(digests).encode()).hexdigest()
+        return self.cache[key]
+
+    def description(self) -> dict[str, Any]:
+        """What was differentiated, for provenance: model, loss, reduction, train-mode modules."""
+        training = sorted({type(m).__name__ for m in self.model.modules() if m.training and _mode_matters(m)})
+        return {
+            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "model_repr": hashlib.sha256(repr(self.model).encode()).hexdigest(),
+            "loss": describe_callable(self.loss if self.loss is not None else self._batch_loss),
+            "reduction": self.reduction,
+            "train_mode": training,
+        }
+
+    # ---- internals ----------------------------------------------------------------------------------------------
+
+    def _user_loss(self, dtype: torch.dtype | None) -> Callable[[nn.Module, Batch], Tensor]:
+        if self._batch_loss is not None:
+            return self._batch_loss
+        loss = _cast_loss(self.loss, dtype)
+
+        def of_pair(model: nn.Module, batch: Batch) -> Tensor:
+            x, y = batch
+            return loss(model(x), y)
+
+        return of_pair
+
+    def _refuse_dropout(self) -> None:
+        active = [
+            n or type(m).__name__
+            for n, m in self.model.named_modules()
+            if m.training
+            and (
+                (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+                or (isinstance(m, (nn.RNNBase, nn.MultiheadAttention)) and m.dropout > 0)
+            )
+        ]
+        if active:
+            raise ModelError(
+                f"dropout is active in {listed(active)}",
+                why="the loss is random then and has no derivative tensor",
+                do="call model.eval(), or set the dropout probability to 0",
+            )
+
+    def check_deterministic(self, state: State) -> float:
+        """The loss of the first batch, evaluated twice; `ModelError` where it differs or the model was changed."""
+        batch = self.cast(self.first_batch(), state.dtype)
+        before = [(t, t._version) for t in (*self.model.parameters(), *self.model.buffers())]
+        values = []
+        with torch.no_grad(), _keep_random_state():
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                values.append(float(self.batch_value(state.parameters, state, batch)))
+        if values[0] != values[1] and not all(np.isnan(values)):
+            raise ModelError(
+                f"the loss of one batch came out as {values[0]!r} and {values[1]!r}",
+                why="the model or the loss draws random numbers (dropout, sampling, noise)",
+                do="call model.eval() or remove the randomness",
+            )
+        if any(t._version != v for t, v in before):
+            raise ModelError("the model changes its own parameters or buffers when it is called")
+        return values[0]
+
+    def _inferred_size(self) -> Callable[[Batch], float]:
+        if self._batch_loss is not None:
+            raise LossError(
+                "batch_loss= needs batch_size=",
+                why="what the batch's mean was divided by cannot be seen from outside; a count of rows may be wrong",
+                do="pass batch_size=lambda batch: the number of samples (or unmasked tokens, or summed class weights)",
+            )
+        assert self.loss is not None
+        known = losses.denominator(self.loss)
+        if known is not None:
+            return known
+        self._size = count_rows
+        if self.reduction == "sum" or self.splittable:
+            self.notes.append("the loss was found to be a mean over rows" if self.reduction == "mean" else "")
+            return count_rows
+        raise LossError(
+            f"what {describe_callable(self.loss)} divides by is unknown",
+            why="it is not one of torch's losses, and on the first batch it is not a mean over rows",
+            do="pass batch_size=lambda batch: the denominator of the batch's mean",
+        )
+
+
+class _Call(nn.Module):
+    """The whole call as a module, so that parameters are swapped for all of it, not for ``forward`` alone."""
+
+    def __init__(self, model: nn.Module, fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        object.__setattr__(self, "fn", fn)
+        object.__setattr__(self, "training", model.training)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.fn(self.model, batch)  # type: ignore[operator]
+
+
+# ---- batches of any structure -----------------------------------------------------------------------------------
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """``fn`` on every tensor of a nested batch: tuples, lists, mappings (also BatchEncoding), numpy arrays."""
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, np.ndarray):
+        return fn(torch.from_numpy(batch))
+    if isinstance(batch, Mapping):
+        items = {k: map_tensors(fn, v) for k, v in batch.items()}
+        try:
+            return type(batch)(items)  # type: ignore[call-arg]
+        except TypeError:
+            return items
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(fn, b) for b in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(fn, b) for b in batch)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors of a nested batch, in order."""
+    found: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(keep, batch)
+    return found
+
+
+def count_rows(batch: Batch) -> int:
+    """The samples of a batch: the length of its first tensor that has a first axis."""
+    lengths = [len(t) for t in tensors_of(batch) if t.dim()]
+    return lengths[0] if lengths else 1
+
+
+def batch_digest(batch: Batch) -> str:
+    """SHA-256 over dtype, shape and bytes of the batch's tensors."""
+    h = hashlib.sha256()
+    for t in tensors_of(batch):
+        h.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+# ---- small things -----------------------------------------------------------------------------------------------
+
+
+def describe_callable(fn: Any) -> str:
+    """A name for a function, a partial or a module, for provenance and messages."""
+    if isinstance(fn, functools.partial):
+        bound = ", ".join(f"{k}={v!r}" for k, v in fn.keywords.items())
+        return f"partial({describe_callable(fn.func)}, {bound})"
+    if isinstance(fn, nn.Module):
+        return repr(fn)
+    name = f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', type(fn).__qualname__)}"
+    code = getattr(fn, "__code__", None)
+    if code is not None and "<" in name:  # a lambda or a local function: its name alone would not tell two apart
+        name += f"#{hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()[:8]}"
+    return name
+
+
+def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t.to(dtype) if dtype is not None and t.is_floating_point() else t
+
+
+def _cast_loss(loss: Any, dtype: torch.dtype | None) -> Any:
+    """The loss with the tensors bound to it (class weights) in ``dtype``."""
+    if dtype is None:
+        return loss
+    if isinstance(loss, functools.partial):
+        keywords = {k: _cast(v, dtype) if isinstance(v, Tensor) else v for k, v in loss.keywords.items()}
+        return functools.partial(_cast_loss(loss.func, dtype), *loss.args, **keywords)
+    if isinstance(loss, nn.Module):
+        return copy.deepcopy(loss).to(dtype)
+    return loss
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DataParallel wrappers; scripted and sharded ones are refused by name."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module cannot be differentiated here", do="pass the original nn.Module")
+    wrapper = type(model).__name__
+    if wrapper == "OptimizedModule":
+        return _unwrapped(model._orig_mod)  # type: ignore[arg-type]
+    if wrapper in ("DataParallel", "DistributedDataParallel"):
+        return _unwrapped(model.module)  # type: ignore[arg-type]
+    if wrapper in ("FullyShardedDataParallel", "FSDPModule"):
+        raise ModelError(f"a {wrapper} model holds only a part of its parameters", do="gather them into a plain module")
+    return model
+
+
+def _mode_matters(m: nn.Module) -> bool:
+    return isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
+
+
+@contextlib.contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """torch's and numpy's random state as they were before; loaders draw a seed for each pass."""
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002 - the global one is what we keep
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
