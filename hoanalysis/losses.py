@@ -64,9 +64,9 @@ def _unwrap(loss: Callable) -> tuple[Callable, dict[str, Any]]:
     if isinstance(loss, functools.partial):
         function, options = _unwrap(loss.func)
         return function, {**options, **loss.keywords}
-    if (function := _MODULES.get(type(loss))) is not None:
+    if (of_module := _MODULES.get(type(loss))) is not None:
         names = ("weight", "ignore_index", "reduction", "label_smoothing")
-        return function, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
+        return of_module, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
     return loss, {}
 
 
