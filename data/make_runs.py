@@ -10,7 +10,7 @@ To add a run, write a function that takes its folder, and enter it in ``RUNS``.
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +31,11 @@ def shuffled(batches: data.Batches, seed: int) -> Iterator[tuple[Tensor, Tensor]
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **metadata: object
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    facts: Mapping[str, object],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Write the model and, where given, the optimizer's state as tensors ``optimizer.<state>.<parameter>``."""
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -41,7 +45,7 @@ def save(
                 tensors[f"optimizer.{state}.{name}"] = torch.as_tensor(value).clone()
     path = folder / f"step_{step:05d}.safetensors"
     # one entry only: save_file writes several in a random order, and the same run would give other bytes
-    save_file(tensors, path, metadata={"training": json.dumps({"step": step, **metadata})})
+    save_file(tensors, path, metadata={"training": json.dumps({"step": step, **facts})})
     path.chmod(0o644)
 
 
@@ -91,7 +95,7 @@ def lenet5_mnist(folder: Path) -> None:
         }
         print(row, flush=True)
         rows.append(row)
-        save(folder, step, model, epoch=epoch)
+        save(folder, step, model, {"epoch": epoch})
 
     record(0)
     for epoch in range(1, epochs + 1):
@@ -104,8 +108,69 @@ def lenet5_mnist(folder: Path) -> None:
     write_log(folder, rows)
 
 
+def unigram_entropy(train: data.Batches) -> float:
+    """The entropy, in nats, of the frequencies of the single characters: what a model without context can reach."""
+    share = train.y.flatten().bincount().double() / train.y.numel()
+    return float(-(share * share.log()).nansum())
+
+
+def gpt_docs(folder: Path) -> None:
+    """A two-block character GPT on the standard library's help text by AdamW; its state is in all checkpoints but one.
+
+    The learning rate rises over 50 steps and then stays. The log's losses are over 512 windows of the training text and
+    over all windows of the test text.
+    """
+    checkpoints, rate, warmup = (0, 50, 150, 300, 600, 1000, 1500, 2000), 3e-3, 50
+    torch.manual_seed(0)
+    model = models.GPT(vocab_size=len(data.vocabulary()), context=64, n_layer=2, n_head=4, width=48)
+    train, test = (data.text(split=split, context=64, batch_size=32) for split in ("train", "test"))
+    settings = {"lr": rate, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)  # type: ignore[arg-type]
+    facts = {
+        "optimizer": {"name": "AdamW", **settings},
+        "text_sha256": data.text_sha256(),
+        "unigram_entropy": unigram_entropy(train),
+    }
+    rows, step, epoch = [], 0, 0
+
+    def record() -> None:
+        loss, _ = evaluate(model, train.take(512), models.cross_entropy_tokens)
+        test_loss, accuracy = evaluate(model, test, models.cross_entropy_tokens)
+        rows.append(
+            {
+                "step": step,
+                "epoch": f"{step / len(train):.3f}",
+                "loss": f"{loss:.6g}",
+                "learning_rate": f"{rate * min(1, step / warmup):.6g}",
+                "test_loss": f"{test_loss:.6g}",
+                "test_accuracy": f"{accuracy:.4f}",
+            }
+        )
+        print(rows[-1], flush=True)
+        if step in checkpoints:
+            save(folder, step, model, facts, optimizer if step else None)
+
+    record()
+    while step < checkpoints[-1]:
+        epoch += 1
+        for x, y in shuffled(train, seed=epoch):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, step / warmup)
+            optimizer.zero_grad()
+            models.cross_entropy_tokens(model(x), y).backward()
+            optimizer.step()
+            if step % 50 == 0:
+                record()
+            if step == checkpoints[-1]:
+                break
+    print(f"unigram entropy {facts['unigram_entropy']:.4f} nats")
+    write_log(folder, rows)
+
+
 RUNS: dict[str, Callable[[Path], None]] = {
     "lenet5-mnist": lenet5_mnist,
+    "gpt-docs": gpt_docs,
 }
 
 
