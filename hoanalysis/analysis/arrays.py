@@ -1,0 +1,136 @@
+"""Between labelled Datasets and plain arrays: read one checkpoint, compute in numpy, label the stacked results.
+
+Every analysis verb has the same three parts: a numpy function of one checkpoint, a loop over ``step`` where there is
+one, and `labelled`, which puts dims, coordinates, ``long_name`` and ``units`` on the result.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from hoanalysis import schema
+from hoanalysis.errors import SchemaError
+
+Array = NDArray[np.float64]
+Tensors = Mapping[str, Array]
+UNIT = "loss"  # D^(d) has the unit of the loss at every order: eta has none
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Un-normalised sums over B blocks of batches: ``sums[name]`` has shape (B, S, ..), ``weight`` has shape (B,)."""
+
+    sums: Tensors
+    weight: Array
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def means(self, name: str) -> Array:
+        """The mean of each block, shape (B, S, ..)."""
+        return self.sums[name] / _column(self.weight, self.sums[name])
+
+
+def _column(weight: Array, like: Array) -> Array:
+    return weight.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def checkpoints(ds: xr.Dataset) -> list[xr.Dataset]:
+    """The Dataset of each checkpoint: one for every ``step``, or ``ds`` alone."""
+    return [ds.isel({schema.STEP: i}) for i in range(ds.sizes[schema.STEP])] if schema.STEP in ds.dims else [ds]
+
+
+def step_labels(ds: xr.Dataset) -> list[Any]:
+    """The step of each checkpoint; 0 where the Dataset does not tell."""
+    return list(np.atleast_1d(ds[schema.STEP].values)) if schema.STEP in ds.coords else [0] * len(checkpoints(ds))
+
+
+def over_checkpoints(ds: xr.Dataset, function: Callable[[xr.Dataset], Any]) -> Any:
+    """``function`` of each checkpoint, stacked along a leading axis where ``ds`` has ``step``."""
+    values = [function(one) for one in checkpoints(ds)]
+    return np.stack(values) if schema.STEP in ds.dims else values[0]
+
+
+def require(ds: xr.Dataset, *names: str) -> None:
+    """Raise `SchemaError` unless ``ds`` holds the variables ``names``, over the same groups along each dim."""
+    missing = [name for name in names if name not in ds.data_vars]
+    if missing:
+        raise SchemaError(
+            f"this analysis needs {' and '.join(missing)}, which the Dataset does not hold",
+            why=f"its summaries are {', '.join(f'D{d}' for d in schema.orders(ds)) or 'none'}",
+            do=f"summarize with order={max((int(n[1]) for n in missing if n[1:2].isdigit()), default=2)}",
+        )
+    for name in names:
+        for dim in ds[name].dims:
+            if str(dim).startswith(schema.GROUP) and not np.array_equal(ds[dim].values, ds[schema.GROUP].values):
+                raise SchemaError(
+                    f"the groups along {dim!r} are not those along 'group'",
+                    why="one of the dims was selected or reordered without the other",
+                    do="select the same labels along group, group2, .. or merge groups with ds.ho.merge({...})",
+                )
+
+
+def tensor(one: xr.Dataset, name: str) -> Array:
+    """The variable ``name`` of one checkpoint as float64, axes in the order of the schema."""
+    return np.asarray(one[name].transpose(*_ordered(one[name].dims)).values, dtype=np.float64)
+
+
+def _ordered(dims: Sequence[Any]) -> list[Any]:
+    groups = [d for d in dims if str(d).startswith(schema.GROUP)]
+    return [d for d in dims if d not in groups] + sorted(groups, key=lambda d: int(str(d)[5:] or 1))
+
+
+def tensors(one: xr.Dataset, names: Sequence[str]) -> dict[str, Array]:
+    """The variables ``names`` of one checkpoint."""
+    return {name: tensor(one, name) for name in names}
+
+
+def kept_blocks(one: xr.Dataset, names: Sequence[str]) -> Blocks | None:
+    """The kept blocks of the variables ``names``; None unless all are kept and at least two are filled."""
+    held = [*map(schema.blocks_of, names), schema.WEIGHT]
+    if any(name not in one.data_vars for name in held):
+        return None
+    weight = tensor(one, schema.WEIGHT)
+    sums = {name: tensor(one, schema.blocks_of(name)) for name in names}
+    filled = np.isfinite(weight) & (weight > 0)
+    for values in sums.values():
+        filled &= np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    if filled.sum() < 2:
+        return None
+    return Blocks({name: values[filled] for name, values in sums.items()}, weight[filled])
+
+
+def labelled(
+    ds: xr.Dataset, values: Any, dims: Sequence[str], name: str, long_name: str, units: str, **coords: Any
+) -> xr.DataArray:
+    """A DataArray over ``dims`` (``step`` in front where ``ds`` has it) with every coordinate of ``ds`` that fits."""
+    full = ((schema.STEP,) if schema.STEP in ds.dims else ()) + tuple(dims)
+    fitting = {k: v for k, v in ds.coords.items() if set(v.dims) <= set(full)}
+    array = xr.DataArray(np.asarray(values), dims=full, coords={**fitting, **coords}, name=name)
+    return array.assign_attrs(long_name=long_name, units=units)
+
+
+def with_error(array: xr.DataArray, error: Any, reason: str = "") -> xr.DataArray:
+    """``array`` with its standard error as the coordinate ``<name>_se`` (``reason`` where it is not available)."""
+    attrs = error_attrs(str(array.attrs["long_name"]), str(array.attrs["units"]), reason)
+    return array.assign_coords({f"{array.name}_se": xr.Variable(array.dims, np.asarray(error), attrs)})
+
+
+def error_attrs(long_name: str, units: str, reason: str = "") -> dict[str, str]:
+    """Attributes of a standard error; ``reason`` says why it is not available."""
+    name = f"standard error of {long_name}" + (f": not available, {reason}" if reason else "")
+    return {"long_name": name, "units": units, "conditional_on": "the direction u"}
+
+
+def error_of(array: xr.DataArray) -> xr.DataArray:
+    """The standard error that `with_error` attached."""
+    return array[f"{array.name}_se"]
+
+
+def first_word(text: str) -> str:
+    """The first line of a text that may have several."""
+    return text.split("\n", 1)[0]
