@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hoanalysis import schema
 from hoanalysis.errors import SchemaError
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 UNIT = "loss"  # D^(d) has the unit of the loss at every order: eta has none
 

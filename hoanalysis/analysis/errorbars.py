@@ -22,6 +22,20 @@ def error_of_mean(means: Array, weight: Array) -> Array:
     return np.sqrt(n / (n - 1) * (w**2 * (means - mean) ** 2).sum(0)) / weight.sum()
 
 
+def error_over_blocks(sums: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
+    """`error_of_mean` along ``batch``, of un-normalised ``sums``, over the filled blocks; NaN with fewer than two.
+
+    A block is filled where its weight is positive, so that checkpoints may keep different numbers of blocks.
+    """
+    filled = np.isfinite(weight) & (weight > 0)
+    w = weight.where(filled, 0.0)
+    total, n = w.sum(schema.BATCH), filled.sum(schema.BATCH)
+    sums = sums.where(filled, 0.0)
+    mean = sums.sum(schema.BATCH, skipna=False) / total
+    squares = ((sums - w * mean) ** 2).sum(schema.BATCH, skipna=False)
+    return np.sqrt(n / (n - 1) * squares).where(n > 1) / total
+
+
 def leave_one_out(blocks: Blocks, b: int) -> dict[str, Array]:
     """The means of all blocks but ``b``: (sum - sum_b) / (W - w_b)."""
     rest = blocks.weight.sum() - blocks.weight[b]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array
@@ -56,7 +57,7 @@ def _symmetric(values: Array) -> Array:
     return sum((values.transpose(o) for o in orders), np.zeros_like(values)) / 6
 
 
-def _summaries(model: _Polynomial, theta: Array, owner: Array, order: int) -> xr.Dataset:
+def _summaries(model: _Polynomial, theta: Array, owner: NDArray[np.int64], order: int) -> xr.Dataset:
     share = model.weight / model.weight.sum()
     loss, *derivatives = model.derivatives(theta)
     gradient = share @ derivatives[0]
@@ -94,7 +95,7 @@ def _variables(name: str, dims: tuple[str, ...], values: Array, weight: Array) -
     }
 
 
-def _coords(owner: Array, u: Array, theta: Array) -> dict:
+def _coords(owner: NDArray[np.int64], u: Array, theta: Array) -> dict:
     groups = np.arange(owner.max() + 1)
     names = [f"layer{g // 2}.{'bias' if g % 2 else 'weight'}" for g in groups]
     numel = [int((owner == g).sum()) for g in groups]

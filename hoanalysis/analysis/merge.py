@@ -15,8 +15,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array
-from hoanalysis.analysis.errorbars import error_of_mean
+from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.errors import ArgumentError, listed, nearest
 
 Groups = dict[str, list[int]]
@@ -129,30 +128,10 @@ def _with_errors(merged: xr.Dataset, ds: xr.Dataset) -> xr.Dataset:
         name = schema.derivative(order)
         if schema.blocks_of(name) in merged and schema.WEIGHT in merged:
             attrs = ds[schema.error_of(name)].attrs if schema.error_of(name) in ds else {"units": "loss"}
-            merged[schema.error_of(name)] = _block_error(merged, name).assign_attrs(attrs)
+            merged[schema.error_of(name)] = error_over_blocks(
+                merged[schema.blocks_of(name)], merged[schema.WEIGHT]
+            ).assign_attrs(attrs)
     return merged
-
-
-def _block_error(ds: xr.Dataset, name: str) -> xr.DataArray:
-    """The error of the mean at each checkpoint, over its filled blocks; NaN with fewer than two."""
-    sums, weight = ds[schema.blocks_of(name)], ds[schema.WEIGHT]
-    core = schema.group_dims(sum(str(d).startswith(schema.GROUP) for d in sums.dims))
-    lead = [d for d in sums.dims if d != schema.BATCH and d not in core]
-    sums = sums.transpose(*lead, schema.BATCH, *core)
-    weights = weight.broadcast_like(sums.isel(dict.fromkeys(core, 0), drop=True))
-    flat = sums.values.reshape(-1, *sums.shape[len(lead) :])
-    rows = weights.transpose(*lead, schema.BATCH).values.reshape(-1, ds.sizes[schema.BATCH])
-    errors = np.stack([_one_error(x, w) for x, w in zip(flat, rows, strict=True)])
-    shape = [ds.sizes[d] for d in (*lead, *core)]
-    return xr.DataArray(errors.reshape(shape), dims=(*lead, *core))
-
-
-def _one_error(sums: Array, weight: Array) -> Array:
-    filled = np.isfinite(weight) & (weight > 0)
-    if filled.sum() < 2:
-        return np.full(sums.shape[1:], np.nan)
-    w = weight[filled]
-    return error_of_mean(sums[filled] / w.reshape(-1, *[1] * (sums.ndim - 1)), w)
 
 
 def _relabelled(ds: xr.Dataset, groups: Groups) -> xr.Dataset:
