@@ -124,7 +124,7 @@ def gpt_docs(folder: Path) -> None:
     torch.manual_seed(0)
     model = models.GPT(vocab_size=len(data.vocabulary()), context=64, n_layer=2, n_head=4, width=48)
     train, test = (data.text(split=split, context=64, batch_size=32) for split in ("train", "test"))
-    settings = {"lr": rate, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    settings = {"lr": rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)  # type: ignore[arg-type]
     facts = {
         "optimizer": {"name": "AdamW", **settings},
