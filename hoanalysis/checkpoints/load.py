@@ -1,0 +1,240 @@
+"""`load_checkpoint`: one file, or one index of shards, to a `Checkpoint`."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+from hoanalysis.checkpoints import safetensors_file, torch_file, unpack
+from hoanalysis.checkpoints.sniff import existing, sniff, step_of
+from hoanalysis.errors import CheckpointError, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The weights of a model at one step of its training, as they stand in a file.
+
+    Attributes
+    ----------
+    state_dict
+        Name -> tensor, on the CPU. float16 and bfloat16 are read as float32, and a note says so.
+    step
+        The last integer in the file name, or None.
+    sha256
+        Of the file's bytes, those that were read; of an index, over the names and hashes of its shards.
+    format
+        "safetensors" or "torch".
+    optimizer_state
+        State name -> parameter name -> tensor (``optimizer_state["exp_avg"]["fc.weight"]``), or None.
+    metadata
+        The strings that a safetensors file carries.
+    notes
+        What was noticed or decided while reading; `fit` adds to it.
+    """
+
+    path: Path
+    format: Literal["safetensors", "torch"]
+    sha256: str
+    step: int | None
+    state_dict: "dict[str, Tensor]" = field(repr=False)
+    optimizer_state: unpack.OptimizerState | None = field(default=None, repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """Read a checkpoint: safetensors, a file of torch.save, or a ``*.index.json`` of safetensors shards.
+
+    Files of torch.save are read with ``weights_only=True``, always. A state_dict inside a larger file is found under
+    the usual keys (state_dict, model_state_dict, model, module, params, also nested); ``key`` names another, as a
+    dotted path. An optimizer's state is kept apart: in files of torch.save under optimizer, optimizer_state_dict or
+    optimizer_states, in safetensors as tensors ``optimizer.<state>.<parameter>``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, empty, truncated, damaged, no checkpoint, holds code, or holds tensors that cannot be
+        differentiated (quantised, sparse, meta, distributed).
+    """
+    path = existing(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        kind = sniff(path, file.read(512))
+        if kind == "index":
+            return _load_index(path, file)
+        _check_memory(path, size)
+        # the hash and the tensors come from one open file, so a file that is replaced meanwhile cannot mix two
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return (
+            _load_safetensors(path, file, size, sha256)
+            if kind == "safetensors"
+            else _load_torch(path, file, kind, sha256, key)
+        )
+
+
+def _load_safetensors(path: Path, file: BinaryIO, size: int, sha256: str) -> Checkpoint:
+    notes = [] if path.suffix == ".safetensors" else [f"the name ends in {path.suffix!r}, the content is safetensors"]
+    header = safetensors_file.read_header(file, path, size)
+    tensors = safetensors_file.read_tensors(file, path, header)
+    weights, optimizer_state = unpack.split_optimizer(tensors)
+    return Checkpoint(
+        path,
+        "safetensors",
+        sha256,
+        step_of(path),
+        _plain(weights, path, notes),
+        optimizer_state,
+        header.metadata,
+        notes,
+    )
+
+
+def _load_torch(path: Path, file: BinaryIO, kind: str, sha256: str, key: str | None) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            "the name ends in .safetensors, and the content is a pickle",
+            where=str(path),
+            why="safetensors is chosen where pickles are not trusted, so this file is not what it says",
+            do="where it is trusted, rename it to .pt",
+        )
+    notes: list[str] = []
+    content = (torch_file.read_archive if kind == "torch" else torch_file.read_legacy)(file, path)
+    inert = unpack.inert_code(content)
+    if inert:
+        notes.append(f"the file names code for another loader to run, ignored here: {listed(inert)}")
+        warnings.warn(f"{path}: {notes[-1]}", stacklevel=3)
+    weights = unpack.find_state_dict(content, str(path), key, notes)
+    optimizer_state = unpack.find_optimizer(content, weights, notes)
+    return Checkpoint(path, "torch", sha256, step_of(path), _plain(weights, path, notes), optimizer_state, {}, notes)
+
+
+def _check_memory(path: Path, size: int) -> None:
+    """Refuse a file that does not fit the free memory, where the system says how much that is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return
+    if size > available:
+        raise CheckpointError(
+            f"the checkpoint needs {size:,} bytes of memory, and {available:,} are available",
+            where=str(path),
+            do="free memory, or use a larger machine",
+        )
+
+
+def _plain(weights: "Mapping[str, Tensor]", path: Path, notes: list[str]) -> "dict[str, Tensor]":
+    """The tensors detached, half precision as float32; refuse what is no plain dense tensor in memory."""
+    import torch
+
+    plain, upcast = {}, []
+    for name, tensor in weights.items():
+        tensor = tensor.detach()
+        what = _unusable(tensor)
+        if what:
+            raise CheckpointError(
+                f"tensor {name!r} is {what}, and derivatives need plain dense floating-point tensors",
+                where=str(path),
+                do="save the state_dict of the full-precision model",
+            )
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if tensor.numel() > held:
+            raise CheckpointError(
+                f"tensor {name!r} declares {tensor.numel() * tensor.element_size():,} bytes, "
+                f"and the file holds {held * tensor.element_size():,} of them",
+                where=str(path),
+                why="its strides repeat the same elements: an expanded tensor, or a forged file",
+                do="save tensor.contiguous()",
+            )
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            upcast.append(str(tensor.dtype).removeprefix("torch."))
+            tensor = tensor.float()
+        plain[name] = tensor
+    if upcast:
+        kinds = " and ".join(sorted(set(upcast)))
+        notes.append(f"{len(upcast)} tensors of {kinds} are read as float32")
+    return plain
+
+
+def _unusable(tensor: "Tensor") -> str:
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_quantized or "float8" in str(tensor.dtype):
+        return f"quantised ({tensor.dtype})"
+    if tensor.layout != torch.strided:
+        return f"sparse ({tensor.layout})"
+    if tensor.is_meta:
+        return "a meta tensor, which has a shape and no data"
+    return ""
+
+
+def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
+    """The shards of an index: {"weight_map": {tensor: file}}, all beside it, each tensor in exactly one of them."""
+    file.seek(0)
+    try:
+        weight_map = json.loads(file.read().decode("utf-8"))["weight_map"]
+        names = {str(k): v for k, v in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "this JSON file is not an index of shards",
+            where=str(path),
+            why=f'an index is {{"weight_map": {{tensor: file}}}} ({type(error).__name__}: {error})',
+        ) from None
+    shards = {name: _shard(path, name) for name in dict.fromkeys(names.values())}
+    weights: dict[str, Tensor] = {}
+    optimizer: unpack.OptimizerState = {}
+    home: dict[str, str] = {}
+    notes, digest = [], hashlib.sha256()
+    for shard, location in shards.items():
+        part = load_checkpoint(location)
+        if part.format != "safetensors":
+            raise CheckpointError(f"the shard {shard!r} is not safetensors", where=str(path))
+        digest.update(f"{shard}:{part.sha256}\n".encode())
+        for name in part.state_dict:
+            if name in home:
+                raise CheckpointError(
+                    f"tensor {name!r} is in two shards, {home[name]!r} and {shard!r}", where=str(path)
+                )
+            home[name] = shard
+        absent = [n for n, s in names.items() if s == shard and n not in part.state_dict]
+        if absent:
+            raise CheckpointError(
+                f"the shard {shard!r} lacks {listed(absent)}", where=str(path), why="the index says that they are there"
+            )
+        weights.update(part.state_dict)
+        for kind, tensors in (part.optimizer_state or {}).items():
+            optimizer.setdefault(kind, {}).update(tensors)
+        notes += [f"{shard}: {note}" for note in part.notes]
+    stray = [n for n in weights if n not in names]
+    if stray:
+        raise CheckpointError(f"the shards hold {listed(stray)}, which the index does not name", where=str(path))
+    return Checkpoint(path, "safetensors", digest.hexdigest(), step_of(path), weights, optimizer or None, {}, notes)
+
+
+def _shard(index: Path, name: object) -> Path:
+    """The path of a shard: a plain file name beside the index, or a link to a file beside the index's own target."""
+    if not isinstance(name, str) or name != Path(name).name or "\\" in name:
+        raise CheckpointError(
+            f"the index names the shard {name!r}",
+            where=str(index),
+            why="a shard is a file beside its index; this is a path that leaves the folder",
+            do="do not trust this index; put the shards beside it, and name them alone",
+        )
+    location = index.parent / name
+    if not location.exists():
+        raise CheckpointError(f"the shard {name!r} is missing", where=str(index), do="copy all shards beside the index")
+    if location.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
+        raise CheckpointError(
+            f"the shard {name!r} is a link that leaves the folder", where=str(index), do="put the file itself there"
+        )
+    return location

@@ -1,0 +1,99 @@
+"""`Run`: the checkpoints of one training run, in order, each read when it is asked for."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+from hoanalysis.checkpoints.load import Checkpoint, load_checkpoint
+from hoanalysis.checkpoints.sniff import _neighbours, recognised, step_of
+from hoanalysis.errors import CheckpointError, listed
+
+
+class Run(Sequence[Checkpoint]):
+    """Ordered checkpoints. ``run[-1]`` reads the last one, ``run[a:b]`` is a Run that reads nothing yet.
+
+    Attributes
+    ----------
+    paths
+        The files, in order.
+    steps
+        The last integers in their names where every file has one and no two agree, otherwise the positions 0, 1, ...
+    """
+
+    def __init__(self, paths: Sequence[Path], steps: Sequence[int], key: str | None = None) -> None:
+        self.paths, self.steps, self.key = tuple(paths), tuple(steps), key
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Checkpoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Run": ...
+    def __getitem__(self, index: int | slice) -> "Checkpoint | Run":
+        if isinstance(index, slice):
+            return Run(self.paths[index], self.steps[index], self.key)
+        try:
+            path = self.paths[index]
+        except IndexError:
+            # an IndexError as well, since iteration by index and list(run) rely on it
+            raise _NoCheckpoint(f"the run has {len(self)} checkpoints, and there is no [{index}]") from None
+        return load_checkpoint(path, self.key)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return (load_checkpoint(path, self.key) for path in self.paths)
+
+    def duplicates(self) -> list[tuple[int, ...]]:
+        """Positions of files with the same bytes, by their SHA-256: ``[(3, 7)]`` where the fourth is the eighth."""
+        places: dict[str, list[int]] = {}
+        for position, path in enumerate(self.paths):
+            with path.open("rb") as file:
+                places.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(position)
+        return [tuple(same) for same in places.values() if len(same) > 1]
+
+    def __repr__(self) -> str:
+        if not self.paths:
+            return "Run(no checkpoints)"
+        return f"Run({len(self)} checkpoints, steps {self.steps[0]} to {self.steps[-1]}, {self.paths[0].parent})"
+
+
+class _NoCheckpoint(CheckpointError, IndexError):
+    pass
+
+
+def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key: str | None = None) -> Run:
+    """The checkpoints of a folder whose names match ``pattern``, ordered by step, then by name in natural order.
+
+    Nothing is read but the names. ``key`` is that of `load_checkpoint`.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is missing, or nothing in it matches.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "this is a file, not a folder of checkpoints" if folder.exists() else "there is no such folder"
+        do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else _neighbours(folder)
+        raise CheckpointError(what, where=str(folder), do=do)
+    paths = sorted((p for p in folder.glob(pattern) if p.is_file()), key=_order)
+    if not paths:
+        found = recognised(folder)
+        raise CheckpointError(
+            f"no file matches the pattern {pattern!r}",
+            where=str(folder),
+            why=f"the files that look like checkpoints: {listed(found)}" if found else "the folder holds no checkpoint",
+            do=f"give pattern='*{Path(found[0]).suffix}'" if found else "give the folder of the checkpoints",
+        )
+    steps = [step_of(p) for p in paths]
+    distinct = None not in steps and len(set(steps)) == len(steps)
+    return Run(paths, [s for s in steps if s is not None] if distinct else range(len(paths)), key)
+
+
+def _order(path: Path) -> tuple:
+    step = step_of(path)
+    natural = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return (step is None, step or 0, natural)

@@ -1,0 +1,110 @@
+"""What a file is, by its first bytes."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from hoanalysis.errors import CheckpointError, listed
+
+Kind = Literal["safetensors", "torch", "torch (legacy)", "index"]
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+SUFFIXES = (".safetensors", ".index.json", ".pt", ".pth", ".ckpt", ".bin", ".tar")
+
+#: First bytes of what is often mistaken for a checkpoint: what it is, and what to do.
+OTHERS = (
+    (b"version https://git-lfs", "this is a git-lfs pointer, not weights", "run `git lfs pull` in its repository"),
+    (b"\x89HDF\r\n", "this is an HDF5 file (Keras?), not a PyTorch checkpoint", "convert it to safetensors"),
+    (b"GGUF", "this is a GGUF file, whose weights are quantised", "use the checkpoint it was made from"),
+    (b"\x93NUMPY", "this is a NumPy array, not a checkpoint", "save a dict of tensors with safetensors"),
+    (b"\x1f\x8b", "this is a gzip archive, not a checkpoint", "unpack it first"),
+)
+PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+
+
+def sniff(path: Path, head: bytes) -> Kind:
+    """The kind of the file whose first bytes (512 are plenty) are ``head``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is empty, a web page, a git-lfs pointer, or nothing that holds weights.
+    """
+    if not head:
+        raise CheckpointError(
+            "the file is empty (0 bytes)", where=str(path), why="an interrupted copy?", do="copy it again"
+        )
+    for magic, what, do in OTHERS:
+        if head.startswith(magic):
+            raise CheckpointError(what, where=str(path), do=do)
+    text = head.lstrip().lower()
+    if text.startswith(PAGES):
+        raise CheckpointError(
+            "this is a web page, not weights",
+            where=str(path),
+            why="the download saved an error or a login page under the name of the checkpoint",
+            do="download the file itself again, and compare its size",
+        )
+    if head.startswith(b"PK\x03\x04"):
+        return "torch"
+    if head.startswith(b"\x80"):
+        return "torch (legacy)"
+    if len(head) > 8 and head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"{") and path.name.endswith(".json"):
+        return "index"
+    raise CheckpointError(
+        "this is no checkpoint that this library knows",
+        where=str(path),
+        why=f"it starts with {head[:12]!r}, which is neither safetensors nor a file of torch.save",
+        do="save a state_dict with safetensors.torch.save_file or torch.save",
+    )
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file, or an error with its nearest neighbours."""
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            "this is a folder, not a checkpoint",
+            where=str(path),
+            why=f"the files in it that look like checkpoints: {listed(recognised(path)) or 'none'}",
+            do="name one of the files, or open the folder as a run: open_run(folder)",
+        )
+    if not path.is_file():
+        raise CheckpointError("there is no such file", where=str(path), do=_neighbours(path))
+    return path
+
+
+def recognised(folder: Path) -> list[str]:
+    """Names of the files of a folder whose suffix is usual for checkpoints."""
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+
+
+def _neighbours(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        if folder == folder.parent:
+            return "check the path"
+        path, folder = folder, folder.parent
+    names = sorted(p.name for p in folder.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {listed(close)} in {folder}?"
+    found = recognised(folder)
+    return f"the checkpoints in {folder}: {listed(found)}" if found else f"{folder} exists and holds no checkpoint"
+
+
+def step_of(path: Path) -> int | None:
+    """The last integer in the file name without its suffix.
+
+    >>> step_of(Path("run3/epoch=2-step=480.ckpt")), step_of(Path("best.pt"))
+    (480, None)
+    """
+    stem = path.name
+    for suffix in SUFFIXES:
+        stem = stem.removesuffix(suffix)
+    numbers = re.findall(r"\d+", stem)
+    return int(numbers[-1]) if numbers else None
