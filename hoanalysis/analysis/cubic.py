@@ -95,7 +95,7 @@ def _root(gaps: Array, c: Array, low: float, strength: float) -> float | None:
         excess = np.exp(log_excess)
         return float(np.linalg.norm(c / (gaps + excess)) - 2 * (low + excess) / strength)
 
-    ends = np.log(high) - 600.0, np.log(high)
+    ends = np.log(high) - 300.0, np.log(high)
     if surplus(ends[0]) <= 0:
         return None
     return float(np.exp(brentq(surplus, *ends, xtol=1e-14, rtol=4 * np.finfo(float).eps, maxiter=500)))

@@ -1,0 +1,91 @@
+"""``ds.ho.<verb>``: a thin face on `hoanalysis.analysis` and `hoanalysis.plots`. Formulas stand where they are
+computed.
+
+Importing this module registers the accessor on every `xarray.Dataset`; it imports neither torch nor matplotlib.
+"""
+
+from functools import partial
+from typing import Any
+
+import xarray as xr
+
+from hoanalysis.analysis import inverse as _inverse
+from hoanalysis.analysis import merge as _merge
+from hoanalysis.analysis import regularizer as _regularizer
+from hoanalysis.analysis import steps as _steps
+from hoanalysis.analysis import taylor as _taylor
+from hoanalysis.analysis.groups import null_groups
+from hoanalysis.analysis.regularized import Regularization
+
+
+@xr.register_dataset_accessor("ho")
+class HoAccessor:
+    """The analysis verbs and plots of a summary Dataset."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    def regularizer(self) -> xr.DataArray:
+        """r_s = |D3[s,s,s]|^(2/3), with ``regularizer_se`` and ``status``; see `analysis.regularizer`."""
+        return _regularizer.regularizer(self._ds)
+
+    def learning_rates(self, regularization: Regularization = None, epsilon: float = 1.0) -> xr.Dataset:
+        """The rates of theta - sum_s eta_s U^s with H-bar_reg eta = g-bar; see `analysis.steps.learning_rates`."""
+        return _steps.learning_rates(self._ds, regularization, epsilon)
+
+    def inverse(self, regularization: Regularization = None, epsilon: float = 1.0) -> xr.DataArray:
+        """H-bar_reg^-1; see `analysis.inverse.inverse`."""
+        return _inverse.inverse(self._ds, regularization, epsilon)
+
+    def scale_free(self) -> xr.DataArray:
+        """H_st / sqrt|H_ss H_tt|; see `analysis.inverse.scale_free`."""
+        return _inverse.scale_free(self._ds)
+
+    def blocks(
+        self, which: _inverse.Which = "H", regularization: Regularization = None, epsilon: float = 1.0
+    ) -> dict[str, xr.DataArray]:
+        """The WW, BB, WB, .. blocks of H-bar or its inverse; see `analysis.inverse.blocks`."""
+        return _inverse.blocks(self._ds, which, regularization, epsilon)
+
+    def merge(self, by: _merge.By) -> xr.Dataset:
+        """The summaries of a coarser partition, exactly; see `analysis.merge.merge`."""
+        return _merge.merge(self._ds, by)
+
+    def taylor(self, eta: _taylor.Move, order: int | None = None) -> xr.DataArray:
+        """The predicted change of the loss under +eta; see `analysis.taylor.taylor`."""
+        return _taylor.taylor(self._ds, eta, order)
+
+    def taylor_terms(self, eta: _taylor.Move, order: int | None = None) -> xr.DataArray:
+        """The predicted change order by order; see `analysis.taylor.taylor_terms`."""
+        return _taylor.taylor_terms(self._ds, eta, order)
+
+    def null_groups(self) -> xr.DataArray:
+        """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
+        return null_groups(self._ds)
+
+    @property
+    def plot(self) -> "PlotAccessor":
+        """``ds.ho.plot.<name>()``: every plot of `hoanalysis.plots`, all of which work without arguments."""
+        return PlotAccessor(self._ds)
+
+
+class PlotAccessor:
+    """The plots, with the Dataset filled in; matplotlib is imported on first use."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    def __dir__(self) -> list[str]:
+        from hoanalysis import plots
+
+        return [*super().__dir__(), *plots.__all__]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        from hoanalysis import plots
+        from hoanalysis.errors import nearest
+
+        if name not in plots.__all__:
+            raise AttributeError(f"no plot is called {name!r}; {nearest(name, plots.__all__)}")
+        return partial(getattr(plots, name), self._ds)
