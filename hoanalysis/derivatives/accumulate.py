@@ -1,0 +1,71 @@
+"""One pass over the data: derivatives of every batch, added up with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from hoanalysis import schema
+from hoanalysis.derivatives.common import BatchDerivatives
+from hoanalysis.derivatives.engines import Engine, check_finite
+from hoanalysis.errors import DataError
+from hoanalysis.problem import count_rows, tensors_of
+from hoanalysis.units import Accumulator
+
+MIN_BATCHES = 8  # below this a standard error is itself too uncertain to stop by
+
+
+def accumulate(
+    engine: Engine,
+    *,
+    max_batches: int | None = None,
+    tolerance: float | None = None,
+    keep_batches: int = 0,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> Accumulator:
+    """The sums over the batches of the engine's problem.
+
+    Raises
+    ------
+    NumericsError
+        Where a loss or a derivative is not finite, naming the batch.
+    DataError
+        Where an input is not finite.
+    """
+    task = engine.task
+    problem, sums = task.problem, Accumulator(keep_batches)
+    for index, raw in enumerate(progress(problem.batches(max_batches))):
+        batch = problem.cast(raw, task.state.dtype)
+        weight = problem.size(raw)
+        result = engine.batch(batch)
+        if not np.isfinite(result.loss):
+            _refuse_nonfinite_inputs(batch, index)
+        check_finite(result, f"batch {index}")
+        sums.add(_means(result, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
+        if tolerance is not None and sums.n_batches >= MIN_BATCHES and _settled(sums, tolerance):
+            break
+    return sums
+
+
+def _means(result: BatchDerivatives, divisor: float) -> dict[str, np.ndarray]:
+    values = {schema.LOSS: np.asarray(result.loss)}
+    values |= {schema.derivative(d): t.numpy() for d, t in result.tensors.items()}
+    values |= {schema.diagonal(d): t.numpy() for d, t in result.diagonals.items() if d not in result.tensors}
+    return {k: v / divisor for k, v in values.items()} if divisor != 1 else values
+
+
+def _settled(sums: Accumulator, tolerance: float) -> bool:
+    return all(sums.relative_error(k) <= tolerance for k in sums.sums if k != schema.LOSS)
+
+
+def _refuse_nonfinite_inputs(batch: Any, index: int) -> None:
+    for t in tensors_of(batch):
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            rows = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
+            raise DataError(
+                f"batch {index} has inputs that are not finite",
+                where=f"samples {rows[:10]} of the batch",
+                do="remove or repair these samples",
+            )

@@ -1,0 +1,159 @@
+"""Which engine computes a batch, in how many chunks, and how sure we are: the choice, the chunking, the self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoanalysis.derivatives import nested
+from hoanalysis.derivatives.common import BatchDerivatives, Request
+from hoanalysis.errors import ArgumentError, NumericsError
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import Batch, Problem, State, count_rows
+
+ENGINES = ("auto", "tangents", "nested")
+
+
+@dataclass
+class Task:
+    """Everything that one unit's derivatives depend on."""
+
+    problem: Problem
+    state: State
+    direction: Mapping[str, Tensor]
+    partition: Partition
+    request: Request
+    memory: int  # bytes
+    notes: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Derivatives of whole batches, computed in chunks of samples where memory asks for it.
+
+    The chunks' sums are exact for losses that are means over samples; other batches are taken whole.
+    """
+
+    name: str
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rows: int | None = None  # samples in a chunk; None: the whole batch
+
+    def chunk(self, batch: Batch) -> BatchDerivatives:
+        raise NotImplementedError
+
+    def batch(self, batch: Batch) -> BatchDerivatives:
+        """The derivatives of one batch (already cast). A chunk that does not fit in memory is halved."""
+        problem = self.task.problem
+        while True:
+            try:
+                rows = count_rows(batch)
+                step = min(self.rows or rows, rows)
+                if step == rows:
+                    return self.chunk(batch)
+                whole = 1.0 if problem.reduction == "sum" else problem.size(batch)
+                total = BatchDerivatives(0.0)
+                for i in range(0, rows, step):
+                    part = problem.take_rows(batch, i, min(i + step, rows))
+                    share = 1.0 if problem.reduction == "sum" else problem.size(part) / whole
+                    total.add(self.chunk(part).scaled(share))
+                return total
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or step < 2 or not problem.splittable:
+                    raise
+                self.rows = step // 2
+                self.task.notes.append(f"out of memory with {step} samples at once; went on with {self.rows}")
+
+
+class Nested(Engine):
+    name = "nested"
+
+    def chunk(self, batch: Batch) -> BatchDerivatives:
+        t = self.task
+        return nested.derivatives(t.problem, t.state, t.direction, t.partition, batch, t.request)
+
+
+def choose(task: Task, engine: str) -> Engine:
+    """The engine that was asked for; ``auto`` takes ``tangents`` where it can, and says why where it cannot."""
+    if engine not in ENGINES:
+        raise ArgumentError(f"there is no engine {engine!r}", do="use 'auto', 'tangents' or 'nested'")
+    return Nested(task)
+
+
+def self_check(task: Task, engine: Engine, rows: int = 16, seed: int = 0) -> float:
+    """The largest relative error over the orders, on a few samples, against univariate nested differentiation.
+
+    With random c, sum over all indices of D^(d)[s1..sd] c_s1 .. c_sd must equal the d-th derivative of
+    t -> L(theta + t sum_s c_s U^s); the error is relative to the same sum with absolute values. Of a diagonal alone
+    the largest entry is compared with the derivative along its own group.
+    """
+    problem, state, partition = task.problem, task.state, task.partition
+    batch = problem.cast(problem.first_batch(), state.dtype)
+    if problem.splittable and count_rows(batch) > rows:
+        batch = problem.take_rows(batch, 0, rows)
+    result = engine.chunk(batch)
+    rng = np.random.default_rng(seed)
+    c = torch.as_tensor(rng.uniform(0.5, 1.5, len(partition)) * rng.choice([-1.0, 1.0], len(partition)))
+    errors = []
+    _, terms = nested.taylor(problem, state, _scaled(task, c), batch, max(result.tensors))
+    for d, tensor in result.tensors.items():
+        value, size = _contracted(tensor, c), _contracted(tensor.abs(), c.abs())
+        errors.append(abs(value - terms[d - 1]) / size if size else abs(terms[d - 1]))
+    for d, diagonal in result.diagonals.items():
+        if d in result.tensors:
+            continue
+        s = int(diagonal.abs().argmax())
+        only = torch.zeros(len(partition), dtype=torch.float64)
+        only[s] = 1.0
+        _, terms = nested.taylor(problem, state, _scaled(task, only), batch, d)
+        size = float(diagonal[s].abs())
+        errors.append(abs(float(diagonal[s]) - terms[d - 1]) / size if size else abs(terms[d - 1]))
+    return max(errors)
+
+
+def tolerance(state: State) -> float:
+    """The self-check error above which numbers are suspect: rounding of the parameters' dtype, with cancellation."""
+    single = any(p.dtype == torch.float32 for p in state.parameters.values())
+    return 1e-3 if single else 1e-9
+
+
+def check_finite(result: BatchDerivatives, where: str) -> None:
+    """Raise `NumericsError` naming the first order and entry that is not finite."""
+    if not np.isfinite(result.loss):
+        raise NumericsError(
+            f"the loss is {result.loss}", where=where, do="look at the inputs of this batch and at the weights"
+        )
+    for kind, tensors in (("D", result.tensors), ("diagonal of D", result.diagonals)):
+        for d, t in sorted(tensors.items()):
+            bad = (~torch.isfinite(t)).nonzero()
+            if len(bad):
+                raise NumericsError(
+                    f"{kind}{d} is not finite in {len(bad)} entries, the first at {tuple(bad[0].tolist())}",
+                    where=where,
+                    why="it overflowed, or a function has no such derivative at this point",
+                    do="scale the direction down, or pass dtype='float64'",
+                )
+
+
+def _scaled(task: Task, c: Tensor) -> dict[str, Tensor]:
+    """The direction with each U^s multiplied by c_s."""
+    out = {}
+    for name, u in task.direction.items():
+        a = task.partition.assignment[name]
+        out[name] = u * (c[a] if isinstance(a, int) else c[torch.as_tensor(a)]).to(u)
+    return out
+
+
+def _contracted(tensor: Tensor, c: Tensor) -> float:
+    for _ in range(tensor.dim()):
+        tensor = tensor @ c
+    return float(tensor)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text

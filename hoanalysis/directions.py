@@ -1,0 +1,225 @@
+"""Directions: u = (U^1..U^S), whole tensors keyed by parameter name. The partition cuts them.
+
+| recipe | u |
+|---|---|
+| ``gradient`` | the gradient of L over the whole data, in a first pass of its own |
+| ``weights`` | -theta: eta_s = 1 removes group s |
+| ``random`` | independent standard normal entries from a recorded seed |
+| ``to:init``, ``to:next``, ``to:<file>`` | theta' - theta: eta = 1 replaces a group by its value in that checkpoint |
+| ``momentum`` | the momentum buffer of SGD, kept in the checkpoint |
+| ``adam`` | Adam's step before its learning rate, m / (sqrt(v) + 1e-8), bias-corrected where its step count is kept |
+
+A mapping name -> tensor is taken as it is, detached; a callable gets (checkpoint, run) and returns such a mapping.
+
+Signs: f moves by +U, and training steps are theta - eta U; so gradient, momentum and adam point uphill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoanalysis.checkpoints import Checkpoint, Run, fit, load_checkpoint
+from hoanalysis.errors import DirectionError, listed, nearest
+from hoanalysis.problem import Problem, State
+
+NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
+
+Recipe = str | Mapping[str, Tensor] | Callable[[Checkpoint | None, Run | None], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction and where it came from."""
+
+    tensors: dict[str, Tensor]
+    name: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def norms(self, partition) -> np.ndarray:
+        """|U^s|, shape (S,)."""
+        return group_norms(self.tensors, partition)
+
+
+def group_norms(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
+    """The Euclidean norm of each group's entries, shape (S,), accumulated in float64."""
+    squares = np.zeros(len(partition))
+    for name, t in tensors.items():
+        a, sq = partition.assignment[name], t.detach().double().square()
+        if isinstance(a, np.ndarray):
+            squares += np.bincount(a.ravel(), sq.cpu().numpy().ravel(), minlength=len(partition))
+        else:
+            squares[a] += float(sq.sum())
+    return np.sqrt(squares)
+
+
+def resolve(
+    recipe: Recipe,
+    problem: Problem,
+    state: State,
+    *,
+    checkpoint: Checkpoint | None = None,
+    run: Run | None = None,
+    seed: int = 0,
+    max_batches: int | None = None,
+    progress: Callable[[Iterator], Iterator] = iter,
+) -> Direction:
+    """The direction that a recipe describes at ``state``.
+
+    Raises
+    ------
+    DirectionError
+        Where it does not fit the parameters, is zero or not finite, or lacks what it is made from.
+    """
+    provenance: dict[str, Any] = {}
+    if isinstance(recipe, str):
+        name = recipe
+        tensors, provenance = _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress)
+    elif isinstance(recipe, Mapping):
+        name, tensors = "custom", dict(recipe)
+    elif callable(recipe):
+        name, tensors = getattr(recipe, "__name__", "custom"), dict(recipe(checkpoint, run))
+    else:
+        raise DirectionError(
+            f"a direction is a name, a mapping or a callable, not {type(recipe).__name__}", do=f"use {listed(NAMES)}"
+        )
+    checked = _checked(tensors, state, name)
+    if name not in NAMES:
+        provenance = {**provenance, "digest": digest(checked)}
+    return Direction(checked, name, provenance)
+
+
+def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress):
+    theta = state.parameters
+    if recipe == "gradient":
+        return gradient(problem, state, max_batches, progress), {"over": "whole data, first pass"}
+    if recipe == "weights":
+        return {n: -p for n, p in theta.items()}, {}
+    if recipe == "random":
+        g = torch.Generator().manual_seed(seed)
+        return {n: torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) for n, p in theta.items()}, {
+            "seed": seed
+        }
+    if recipe.startswith("to:"):
+        other = _destination(recipe[3:], checkpoint, run)
+        fitted = fit(other, state.shapes(), set(state.fixed))
+        return {n: fitted[n].to(p) - p for n, p in theta.items()}, {"to_sha256": other.sha256}
+    if recipe in ("momentum", "adam"):
+        return _from_optimizer(recipe, checkpoint, theta), {}
+    raise DirectionError(f"there is no direction named {recipe!r}", do=nearest(recipe, [*NAMES, "to:<file>"]))
+
+
+def gradient(
+    problem: Problem,
+    state: State,
+    max_batches: int | None = None,
+    progress: Callable[[Iterator], Iterator] = iter,
+) -> dict[str, Tensor]:
+    """The gradient of L at ``state`` over the data, accumulated in float64, in the dtype of the parameters."""
+    leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
+    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.items()}
+    weight = 0.0
+    for raw in progress(problem.batches(max_batches)):
+        w = problem.size(raw)
+        loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
+        if not loss.requires_grad:
+            break  # the engines say what is wrong with such a loss
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for n, g in zip(leaves, grads, strict=True):
+            if g is not None:
+                total[n] += g.double() * (1.0 if problem.reduction == "sum" else w)
+        weight += w
+    scale = 1.0 if problem.reduction == "sum" or not weight else 1 / weight
+    return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes."""
+    h = hashlib.sha256()
+    for name, t in tensors.items():
+        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def _destination(which: str, checkpoint: Checkpoint | None, run: Run | None) -> Checkpoint:
+    if which not in ("init", "next"):
+        return load_checkpoint(which)
+    if run is None or checkpoint is None:
+        raise DirectionError(
+            f"the direction 'to:{which}' needs a run of checkpoints",
+            do="call ho.summarize_run(run, problem, ...), or use 'to:<file>'",
+        )
+    if which == "init":
+        return run[0]
+    position = [str(p) for p in run.paths].index(str(checkpoint.path))
+    if position + 1 == len(run):
+        raise DirectionError(
+            "the last checkpoint of a run has no next one", where=str(checkpoint.path), do="leave it out: run[:-1]"
+        )
+    return run[position + 1]
+
+
+def _from_optimizer(kind: str, checkpoint: Checkpoint | None, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    have = {} if checkpoint is None else checkpoint.optimizer_state or {}
+    need = ("momentum_buffer",) if kind == "momentum" else ("exp_avg", "exp_avg_sq")
+    missing = [k for k in need if k not in have]
+    if missing:
+        raise DirectionError(
+            f"the direction {kind!r} needs the optimizer state {listed(missing)}",
+            where=str(checkpoint.path) if checkpoint is not None else "no checkpoint was given",
+            why=f"the checkpoint keeps {listed(have) if have else 'no optimizer state'}",
+            do="save it as optimizer.<state>.<parameter>, or use 'gradient' or 'to:next'",
+        )
+    for k in need:
+        if lacking := [n for n in theta if n not in have[k]]:
+            raise DirectionError(f"the optimizer state {k!r} lacks {listed(lacking)}")
+    if kind == "momentum":
+        return {n: have["momentum_buffer"][n].to(p) for n, p in theta.items()}
+    out = {}
+    for n, p in theta.items():
+        m, v = (have[k][n].double() for k in need)
+        if n in have.get("step", {}):
+            t = float(have["step"][n])
+            m, v = m / (1 - 0.9**t), v / (1 - 0.999**t)
+        out[n] = (m / (v.sqrt() + 1e-8)).to(p)
+    return out
+
+
+def _checked(tensors: Mapping[str, Any], state: State, name: str) -> dict[str, Tensor]:
+    theta = state.parameters
+    if unknown := [n for n in tensors if n not in theta]:
+        raise DirectionError(
+            f"the direction names parameters that are not differentiated: {listed(unknown)}",
+            do=nearest(unknown[0], theta),
+        )
+    if missing := [n for n in theta if n not in tensors]:
+        raise DirectionError(
+            f"the direction lacks the parameters {listed(missing)}", do="give zeros for those that should not move"
+        )
+    out = {}
+    for n, p in theta.items():
+        t = tensors[n]
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            got = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
+            raise DirectionError(f"the direction of {n!r} {got}, the parameter has shape {tuple(p.shape)}")
+        t = t.detach().to(p)
+        if bad := int((~torch.isfinite(t)).sum()):
+            raise DirectionError(
+                f"the direction of {n!r} has {bad} entries that are not finite",
+                do="look at the loss and the weights of this checkpoint",
+            )
+        out[n] = t
+    if all(not bool(t.any()) for t in out.values()):
+        raise DirectionError(
+            f"the direction {name!r} is zero everywhere",
+            why="every summary would be zero" + (": this is a critical point" if name == "gradient" else ""),
+            do="use another direction, for instance 'weights' or 'random'",
+        )
+    return out

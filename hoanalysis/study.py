@@ -1,0 +1,265 @@
+"""StudySpec: what to analyse, read from a ``study.toml``, and the objects it names.
+
+    [model]        factory = "package.module:name", args, mode ("eval" or "train")
+    [data]         factory, args, batch_size, max_samples
+    [loss]         factory, args             a function loss(model(x), y), or a class of such
+    [checkpoints]  folder, pattern, log      relative to the file's own folder; log has step, loss, learning_rate
+    [summaries]    order, diagonal, directions, partitions, dtype, memory, ...
+    [report]       notebook, parameters
+
+Factories are taken from this file alone, never from a checkpoint. Reading a study imports no torch; building it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hoanalysis.errors import HoError, StudyError, listed, nearest
+
+if TYPE_CHECKING:
+    from hoanalysis.checkpoints import Run
+    from hoanalysis.problem import Problem
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(_Table):
+    factory: str
+    args: dict[str, Any] = {}
+    mode: Literal["eval", "train"] = "eval"
+
+
+class DataTable(_Table):
+    factory: str
+    args: dict[str, Any] = {}
+    batch_size: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(None, ge=1)
+
+
+class LossTable(_Table):
+    factory: str = "torch.nn.functional:cross_entropy"
+    args: dict[str, Any] = {}
+
+
+class CheckpointsTable(_Table):
+    folder: str = "."
+    pattern: str = "*.safetensors"
+    log: str | None = None
+
+
+class SummariesTable(_Table):
+    order: int = Field(2, ge=1)
+    diagonal: int | None = Field(None, ge=1)
+    directions: list[str] = Field(["gradient"], min_length=1)
+    partitions: list[str] = Field(["canonical"], min_length=1)
+    dtype: Literal["float32", "float64"] | None = None
+    memory: str = "2GiB"
+    engine: Literal["auto", "tangents", "nested"] = "auto"
+    keep_batches: int = Field(20, ge=0)
+    tolerance: float | None = Field(None, gt=0)
+    include_frozen: bool = False
+    self_check: bool = True
+    seed: int = 0
+
+
+class ReportTable(_Table):
+    notebook: str | None = None
+    parameters: dict[str, Any] = {}
+
+
+class StudySpec(_Table):
+    """A study file. `StudySpec.read` checks it; `problem`, `run` and `log` build what it names."""
+
+    model: ModelTable
+    data: DataTable
+    loss: LossTable = LossTable()
+    checkpoints: CheckpointsTable = CheckpointsTable()
+    summaries: SummariesTable = SummariesTable()
+    report: ReportTable = ReportTable()
+    path: Path = Field(exclude=True)
+
+    @classmethod
+    def read(cls, path: str | Path) -> StudySpec:
+        """The study at ``path`` (a folder means the ``study.toml`` in it).
+
+        Raises
+        ------
+        StudyError
+            Naming the line of a syntax error, the unknown key, or the value of the wrong kind.
+        """
+        path = Path(path)
+        path = path / "study.toml" if path.is_dir() else path
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StudyError("there is no such study file", where=str(path), do=_neighbours(path)) from None
+        except OSError as e:
+            raise StudyError(f"the study file cannot be read: {e.strerror}", where=str(path)) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise StudyError(f"the study file is not valid TOML: {e}", where=str(path)) from None
+        if "path" in table:
+            raise StudyError("unknown key 'path'", where=str(path), do=nearest("path", _keys(cls)))
+        try:
+            return cls(**table, path=path.resolve())
+        except ValidationError as e:
+            raise StudyError(_sentence(e), where=str(path)) from None
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the file's where it is not called study.toml."""
+        return self.folder.name if self.path.name == "study.toml" else self.path.stem
+
+    def problem(self) -> Problem:
+        """Model, data and loss as a `Problem`."""
+        from hoanalysis.problem import Problem
+
+        with _importable(self.folder):
+            model = self._call("model", self.model.factory, self.model.args)
+            options = {
+                k: v
+                for k, v in (("batch_size", self.data.batch_size), ("max_samples", self.data.max_samples))
+                if v is not None
+            }
+            data = self._call("data", self.data.factory, {**self.data.args, **options})
+            loss = self._loss()
+        if not hasattr(model, "named_parameters"):
+            raise StudyError(
+                f"[model] factory {self.model.factory!r} gave a {type(model).__name__}, not a torch.nn.Module",
+                where=str(self.path),
+            )
+        return Problem(model.train(self.model.mode == "train"), data, loss)
+
+    def run(self) -> Run:
+        """The checkpoints, in order."""
+        from hoanalysis.checkpoints import open_run
+
+        return open_run(self.folder / self.checkpoints.folder, self.checkpoints.pattern)
+
+    def log(self) -> pd.DataFrame | None:
+        """The training log, or None where the study names none."""
+        if self.checkpoints.log is None:
+            return None
+        path = self.folder / self.checkpoints.folder / self.checkpoints.log
+        try:
+            log = pd.read_csv(path)
+        except FileNotFoundError:
+            raise StudyError("there is no such training log", where=str(path), do=_neighbours(path)) from None
+        except (OSError, ValueError) as e:
+            raise StudyError(f"the training log is not a CSV table: {e}", where=str(path)) from None
+        if missing := [c for c in ("step", "loss") if c not in log.columns]:
+            raise StudyError(
+                f"the training log lacks the columns {listed(missing)}",
+                where=str(path),
+                why=f"it has {listed(log.columns)}",
+            )
+        return log
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The options of `hoanalysis.summarize` for each direction and partition, the first of each in front."""
+        s = self.summaries
+        common = s.model_dump(exclude={"directions", "partitions"})
+        return [{**common, "direction": d, "partition": p} for d in s.directions for p in s.partitions]
+
+    def _loss(self) -> Any:
+        target = self._import("loss", self.loss.factory)
+        if inspect.isclass(target):
+            return self._call("loss", self.loss.factory, self.loss.args)
+        return functools.partial(target, **self.loss.args) if self.loss.args else target
+
+    def _call(self, table: str, factory: str, args: dict[str, Any]) -> Any:
+        target = self._import(table, factory)
+        try:
+            return target(**args)
+        except HoError:
+            raise
+        except Exception as e:
+            hint = ""
+            if isinstance(e, TypeError):
+                hint = f"it is called as {factory.partition(':')[2]}{inspect.signature(target)}"
+            raise StudyError(
+                f"[{table}] factory {factory!r} raised {type(e).__name__}: {e}",
+                where=str(self.path),
+                why=f"it was called with {args}",
+                do=hint,
+            ) from e
+
+    def _import(self, table: str, factory: str) -> Any:
+        module_name, colon, name = factory.partition(":")
+        if not colon or not name:
+            raise StudyError(
+                f"[{table}] factory {factory!r} is not of the form 'package.module:name'", where=str(self.path)
+            )
+        try:
+            target = importlib.import_module(module_name)
+        except Exception as e:
+            raise StudyError(
+                f"[{table}] factory {factory!r}: importing {module_name!r} raised {type(e).__name__}: {e}",
+                where=str(self.path),
+                do="install the package, or put the module beside the study file",
+            ) from e
+        for part in name.split("."):
+            if not hasattr(target, part):
+                raise StudyError(
+                    f"[{table}] factory {factory!r}: {module_name!r} has no {name!r}",
+                    where=str(self.path),
+                    do=nearest(part, [n for n in vars(target) if not n.startswith("_")]),
+                )
+            target = getattr(target, part)
+        return target
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules beside the study file can be named as factories."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that pydantic found, as a sentence that names table, key and what would be right."""
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    table, _, key = where.rpartition(".")
+    place = f" in [{table}]" if table else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{place}: {nearest(key, _keys(StudySpec, table))}"
+    if first["type"] == "missing":
+        return f"missing key {key!r}{place}"
+    return f"{key!r}{place} is {first['input']!r}: {first['msg'][:1].lower() + first['msg'][1:]}"
+
+
+def _keys(spec: type[BaseModel], table: str = "") -> list[str]:
+    if table in spec.model_fields:
+        inner = spec.model_fields[table].annotation
+        assert isinstance(inner, type)
+        return list(inner.model_fields)  # type: ignore[attr-defined]
+    return [k for k in spec.model_fields if k != "path"]
+
+
+def _neighbours(path: Path) -> str:
+    """What lies near a path that does not exist."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    found = sorted(p.name for p in parent.iterdir())
+    return f"{parent} has {listed(found)}" if found else f"{parent} is empty"

@@ -1,0 +1,520 @@
+"""The only place where torch meets xarray: from a problem to the labelled Dataset of its summaries."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hoanalysis import schema, units
+from hoanalysis._version import __version__
+from hoanalysis.checkpoints import Checkpoint, Run, fit, load_checkpoint
+from hoanalysis.derivatives import engines, nested
+from hoanalysis.derivatives.accumulate import accumulate
+from hoanalysis.derivatives.common import Request
+from hoanalysis.directions import Direction, Recipe, group_norms
+from hoanalysis.directions import resolve as resolve_direction
+from hoanalysis.errors import ArgumentError, NumericsError, listed
+from hoanalysis.partitions import Partition, describe_parameters
+from hoanalysis.partitions import resolve as resolve_partition
+from hoanalysis.problem import Problem, State, count_rows
+from hoanalysis.store import Store
+
+MAX_ENTRIES = 2**27  # of one tensor: 1 GiB of float64
+
+CheckpointLike: TypeAlias = Checkpoint | str | Path | Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute, with the defaults of `summarize`. See there for the meaning of each."""
+
+    order: int = 2
+    direction: Recipe = "gradient"
+    partition: str | Partition = "canonical"
+    diagonal: int | None = None
+    engine: str = "auto"
+    dtype: str | torch.dtype | None = None
+    memory: str | int = "2GiB"
+    max_batches: int | None = None
+    tolerance: float | None = None
+    keep_batches: int = 0
+    include_frozen: bool = False
+    self_check: bool = True
+    seed: int = 0
+
+    @property
+    def request(self) -> Request:
+        return Request(self.order, self.diagonal)
+
+
+def summarize(
+    problem: Problem,
+    order: int = Settings.order,
+    *,
+    direction: Recipe = Settings.direction,
+    partition: str | Partition = Settings.partition,
+    diagonal: int | None = Settings.diagonal,
+    engine: str = Settings.engine,
+    checkpoint: CheckpointLike = None,
+    dtype: str | torch.dtype | None = Settings.dtype,
+    memory: str | int = Settings.memory,
+    max_batches: int | None = Settings.max_batches,
+    tolerance: float | None = Settings.tolerance,
+    keep_batches: int = Settings.keep_batches,
+    include_frozen: bool = Settings.include_frozen,
+    self_check: bool = Settings.self_check,
+    seed: int = Settings.seed,
+    progress: bool = True,
+) -> xr.Dataset:
+    """The summaries D^(1) .. D^(order) of the loss over the data, with standard errors.
+
+        D^(d)[s1..sd] = d^d L / dT_s1 .. dT_sd (theta) [U^s1, .., U^sd]       shape (S,)*d, unit of the loss
+
+    L is the weighted mean (or sum, see `Problem`) over the batches, U^s the part of the direction u in group s. The
+    standard error over n batches of weight w_b is conditional on u:
+
+        se^2 = n/(n-1) sum_b w_b^2 (x_b - x)^2 / (sum_b w_b)^2
+
+    Parameters
+    ----------
+    problem
+        Model, data and loss. The model comes back untouched.
+    order
+        The highest order d of a full tensor.
+    direction
+        ``"gradient"`` (over the whole data, in a first pass), ``"weights"``, ``"random"``, ``"to:<file>"``,
+        ``"momentum"``, ``"adam"``, a mapping parameter name -> tensor, or a callable (checkpoint, run) -> mapping.
+    partition
+        ``"canonical"`` (one group per tensor), ``"layer"``, ``"kind"``, ``"trivial"``, ``"discrete"`` or a `Partition`.
+    diagonal
+        ``3`` adds D^(3)[s,s,s], which the regularizer r needs, beside the tensors of order 1 .. ``order``.
+    engine
+        ``"auto"``, ``"tangents"`` or ``"nested"``; what ran is the coordinate ``engine``, why is ``engine_detail``.
+    checkpoint
+        Weights to put in the model's place: a `Checkpoint`, a path, or a state_dict. None: the model's own.
+    dtype
+        ``"float64"`` casts parameters, buffers, direction and floating inputs. None is the model's. Results are
+        float64 in any case.
+    memory
+        Budget for the derivatives of one batch, in bytes or as ``"2GiB"``; batches are chunked to fit where possible.
+    max_batches
+        Use the first batches only.
+    tolerance
+        Stop once, for every order, all entries of at least a tenth of the largest have a relative standard error
+        below this; at least 8 batches are used.
+    keep_batches
+        K > 0 keeps un-normalised sums over at most K contiguous blocks of batches, from which merging and every
+        derived error are computed.
+    include_frozen
+        Take in parameters with ``requires_grad=False``.
+    self_check
+        Compare with univariate nested differentiation on a few samples; the error is the coordinate ``self_check``.
+    seed
+        For the direction ``"random"``.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    xarray.Dataset
+        The schema of `hoanalysis.schema`.
+
+    Raises
+    ------
+    HoError
+        Of the subclass that names the culprit: model, loss, data, partition, direction, checkpoint or numerics.
+    """
+    settings = Settings(
+        order, direction, partition, diagonal, engine, dtype, memory, max_batches, tolerance, keep_batches,
+        include_frozen, self_check, seed,
+    )  # fmt: skip
+    work = Work(problem, settings)
+    loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    unit = work.unit(loaded, progress=progress)
+    sha = loaded.sha256 if isinstance(loaded, Checkpoint) else ""
+    plan = work.plan([{"step": 0, "sha256": sha, "units": [{}]}], series=False)
+    return units.assemble(plan, lambda _: unit)
+
+
+def summarize_run(
+    run: Run,
+    problem: Problem,
+    order: int = Settings.order,
+    *,
+    store: str | Path | None = None,
+    client: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> xr.Dataset:
+    """`summarize` for every checkpoint of a run: a Dataset with the leading dim ``step``.
+
+    Parameters
+    ----------
+    store
+        A folder for the unit files. What is there already is not computed again; kill the process at any instant and
+        call again.
+    options
+        As for `summarize`, except ``checkpoint``.
+    """
+    if client is not None:
+        raise ArgumentError("client= is not available yet", do="leave it out: checkpoints are computed one by one here")
+    if unknown := [k for k in options if k not in Settings.__dataclass_fields__]:
+        raise ArgumentError(f"unknown options: {listed(unknown)}", do=f"use {listed(Settings.__dataclass_fields__)}")
+    if not len(run):
+        raise ArgumentError("the run has no checkpoints")
+    work = Work(problem, Settings(order, **options))
+    plan = work.plan(work.steps(run), series=True)
+    if store is None:
+        made = {s["sha256"]: work.unit(run[i], run, progress=progress) for i, s in _each(plan, progress)}
+        return units.assemble(plan, lambda key: made[key["checkpoint"]])
+    with Store.open(store, mode="w") as opened:
+        opened.register(work.name, plan)
+        work.fill(opened, run, plan, progress)
+        return units.assemble(plan, opened.read)
+
+
+def taylor_terms(
+    problem: Problem,
+    order: int,
+    *,
+    direction: Recipe = Settings.direction,
+    checkpoint: CheckpointLike = None,
+    dtype: str | torch.dtype | None = Settings.dtype,
+    max_batches: int | None = Settings.max_batches,
+    include_frozen: bool = Settings.include_frozen,
+    seed: int = Settings.seed,
+    progress: bool = True,
+) -> xr.DataArray:
+    """The Taylor terms d^k/dt^k L(theta + t u) at t = 0 for k = 1..order, with the coordinate ``se``.
+
+    Each equals D^(k) summed over all its entries, whatever the partition, at the cost of k nested backward passes.
+    Source: Appendix A of the paper.
+    """
+    settings = Settings(order=order, direction=direction, partition="trivial", dtype=dtype, max_batches=max_batches,
+                        include_frozen=include_frozen, seed=seed)  # fmt: skip
+    work = Work(problem, settings)
+    loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    state = work.state(loaded)
+    u = work.direction(state, loaded, None, progress).tensors
+    sums = units.Accumulator()
+    for raw in _bar(problem.batches(max_batches), progress, "batches"):
+        _, terms = nested.taylor(problem, state, u, problem.cast(raw, state.dtype), order)
+        weight = problem.size(raw)
+        values = np.array(terms) / (weight if problem.reduction == "sum" else 1.0)
+        sums.add({"terms": values}, weight, count_rows(raw))
+    mean, se = sums.mean_and_error("terms", problem.reduction)
+    return xr.DataArray(
+        mean,
+        {"order": np.arange(1, order + 1), "se": ("order", se)},
+        ("order",),
+        name="taylor_terms",
+        attrs={"long_name": "derivative of the loss along the direction", "units": "loss"},
+    )
+
+
+class Work:
+    """One problem and one setting: its keys, its units, its plan. The store and the report drive it."""
+
+    def __init__(self, problem: Problem, settings: Settings) -> None:
+        self.problem, self.settings = problem, _checked(settings)
+        self.dtype = _dtype(settings.dtype)
+        self.memory = _bytes(settings.memory)
+        self.partition = resolve_partition(settings.partition, problem.model, settings.include_frozen)
+        _refuse_huge(self.partition, settings)
+        recipe = settings.direction
+        self.direction_name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", "custom")
+
+    @property
+    def name(self) -> str:
+        """A file-name-safe name for direction and partition."""
+        return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.direction_name}-{self.partition.name}").strip("-")
+
+    # ---- the point and the direction ----------------------------------------------------------------------------
+
+    def state(self, checkpoint: Checkpoint | Mapping[str, Tensor] | None) -> State:
+        weights = None
+        if checkpoint is not None:
+            known, _ = describe_parameters(self.problem.model, include_frozen=True)
+            aliases = {n: info.aliases for n, info in known.items() if info.aliases}
+            named = {*known, *(a for others in aliases.values() for a in others)}
+            buffers = {n: t.shape for n, t in self.problem.model.state_dict().items() if n not in named}
+            weights = fit(checkpoint, {n: info.shape for n, info in known.items()}, buffers, aliases=aliases)
+        state = self.problem.state(weights, dtype=self.dtype, include_frozen=self.settings.include_frozen)
+        if checkpoint is None:
+            _refuse_nonfinite(state)
+        return state
+
+    def direction(
+        self, state: State, checkpoint: Any, run: Run | None, progress: bool, store: Store | None = None
+    ) -> Direction:
+        """The direction at a checkpoint: from the store, from the last call on the same weights, or computed."""
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else None
+        key = self.direction_key(loaded.sha256) if loaded is not None else None
+        stored = store.read_arrays(key) if store is not None and key is not None else None
+        if stored is not None:
+            tensors = {n: torch.from_numpy(stored[n]) for n in state.parameters}
+            return Direction(tensors, self.direction_name)
+        identity = ("direction", self._identity(checkpoint))
+        cached = self.problem.cache.get("direction")
+        if cached is not None and cached[0] == identity:
+            return cached[1]
+        s = self.settings
+        u = resolve_direction(
+            s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
+            progress=lambda it: _bar(it, progress, "gradient"),
+        )  # fmt: skip
+        if isinstance(s.direction, str):
+            self.problem.cache["direction"] = (identity, u)
+        if store is not None and key is not None and s.direction == "gradient":
+            store.publish_arrays(key, {n: t.cpu().numpy() for n, t in u.tensors.items()})
+        return u
+
+    def _identity(self, checkpoint: Any) -> tuple:
+        """Tells whether two calls on one problem are about the same weights, data and setting, without hashing them."""
+        s = self.settings
+        if isinstance(checkpoint, Checkpoint):
+            weights: tuple = (checkpoint.sha256,)
+        else:
+            tensors = self.problem.model.state_dict(keep_vars=True) if checkpoint is None else checkpoint
+            weights = tuple((id(t), t._version) for t in tensors.values())
+        return (weights, str(s.direction), s.seed, s.max_batches, str(self.dtype), s.include_frozen)
+
+    # ---- keys ---------------------------------------------------------------------------------------------------
+
+    def _common_key(self, checkpoint_sha: str) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "schema": schema.SCHEMA_VERSION,
+            "checkpoint": checkpoint_sha,
+            "data": self.problem.fingerprint(s.max_batches),
+            "max_batches": s.max_batches,
+            "direction": self.direction_name,
+            "seed": s.seed if self.direction_name == "random" else None,
+            "dtype": str(self.dtype),
+            "include_frozen": s.include_frozen,
+            **self.problem.description(),
+        }
+
+    def direction_key(self, checkpoint_sha: str) -> dict[str, Any]:
+        return {"kind": "direction", **self._common_key(checkpoint_sha)}
+
+    def key(self, checkpoint_sha: str, relatives: list[str]) -> dict[str, Any]:
+        """What a unit depends on. ``relatives`` are the other checkpoints of the run that the direction looks at."""
+        s = self.settings
+        return {
+            "kind": "summary",
+            **self._common_key(checkpoint_sha),
+            "relatives": relatives,
+            "shard": [0, 1],
+            "partition": self.partition.fingerprint(),
+            "order": s.order,
+            "diagonal": s.diagonal,
+            "engine": s.engine,
+            "tolerance": s.tolerance,
+            "keep_batches": s.keep_batches,
+            "self_check": s.self_check,
+        }
+
+    def steps(self, run: Run) -> list[dict[str, Any]]:
+        """Label, digest and unit keys of each checkpoint of a run."""
+        if not isinstance(self.settings.direction, str):
+            raise ArgumentError(
+                "a direction given as tensors or a function has no key that a run's units could be found by",
+                do="use a named direction, or call ho.summarize for each checkpoint",
+            )
+        shas = [run.sha256(i) for i in range(len(run))]
+        out = []
+        for i, (label, sha) in enumerate(zip(run.steps, shas, strict=True)):
+            relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(self.direction_name, [])
+            out.append({"step": label, "sha256": sha, "units": [self.key(sha, relatives)]})
+        return out
+
+    # ---- units --------------------------------------------------------------------------------------------------
+
+    def unit(
+        self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
+    ) -> xr.Dataset:
+        """The un-normalised sums of one checkpoint over the data."""
+        s = self.settings
+        state = self.state(checkpoint)
+        identity = self._identity(checkpoint)
+        if self.problem.cache.get("deterministic") != identity:
+            self.problem.check_deterministic(state)
+            self.problem.cache["deterministic"] = identity
+        u = self.direction(state, checkpoint, run, progress, store)
+        task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory)
+        engine = engines.choose(task, s.engine)
+        error = self._self_check(task, engine, identity) if s.self_check else float("nan")
+        sums = accumulate(
+            engine, max_batches=s.max_batches, tolerance=s.tolerance, keep_batches=s.keep_batches,
+            progress=lambda it: _bar(it, progress, "batches"),
+        )  # fmt: skip
+        norms = {
+            "direction_norm": group_norms(u.tensors, self.partition),
+            "parameter_norm": group_norms(state.parameters, self.partition),
+        }
+        facts = {
+            "engine": engine.name,
+            "engine_detail": "; ".join(dict.fromkeys(task.notes)),
+            "self_check": error,
+            "suspect": bool(error > engines.tolerance(state)),
+            "torch_threads": torch.get_num_threads(),
+            "direction": u.provenance,
+        }
+        return sums.unit(norms, facts)
+
+    def _self_check(self, task: engines.Task, engine: engines.Engine, identity: tuple) -> float:
+        """The self-check, once for the same weights, partition, orders and engine."""
+        key = ("self check", identity, self.partition.fingerprint(), task.request, engine.name)
+        cached = self.problem.cache.get("self check")
+        if cached is None or cached[0] != key:
+            cached = self.problem.cache["self check"] = (key, engines.self_check(task, engine))
+        return cached[1]
+
+    def fill(self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool) -> int:
+        """Compute and publish what the plan asks for and the store lacks; how many units that were."""
+        missing = [(i, s["units"][0]) for i, s in enumerate(plan["steps"]) if store.read(s["units"][0]) is None]
+        for i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
+            unit = self.unit(run[i], run, store=store, progress=False)
+            store.publish(key, unit)
+        return len(missing)
+
+    # ---- the plan -----------------------------------------------------------------------------------------------
+
+    def plan(self, steps: list[dict[str, Any]], series: bool) -> dict[str, Any]:
+        """A JSON document that says which units make up the Dataset, and how. See `hoanalysis.units.assemble`."""
+        s, p = self.settings, self.partition
+        wanted = {schema.LOSS: 0} | {schema.derivative(d): d for d in range(1, s.order + 1)}
+        if s.diagonal is not None and s.diagonal > s.order:
+            wanted[schema.diagonal(s.diagonal)] = 1
+        return {
+            "study": self.study(),
+            "groups": {"label": list(p.labels), **p.coords()},
+            "quantities": wanted,
+            "steps": steps,
+            "series": series,
+            "reduction": self.problem.reduction,
+            "attrs": self._attrs(),
+        }
+
+    def study(self) -> dict[str, Any]:
+        """The settings that tell this study from another one, in plain words."""
+        s = self.settings
+        return {
+            "order": s.order,
+            "diagonal": s.diagonal,
+            "direction": self.direction_name,
+            "partition": self.partition.name,
+            "groups": len(self.partition),
+            "dtype": str(self.dtype or "the model's"),
+            "max_batches": s.max_batches,
+            "keep_batches": s.keep_batches,
+            "engine": s.engine,
+            "seed": s.seed,
+            **{k: v for k, v in self.problem.description().items() if k != "model_repr"},
+        }
+
+    def _attrs(self) -> dict[str, Any]:
+        s, p = self.settings, self.partition
+        provenance = {
+            **self.study(),
+            "data": self.problem.fingerprint(s.max_batches) if s.max_batches is None or s.max_batches > 0 else "",
+            "partition_fingerprint": p.fingerprint(),
+            "frozen": list(p.frozen),
+            "standard_errors": "conditional on the direction",
+            "problem_notes": [n for n in self.problem.notes if n],
+        }
+        return {
+            "schema_version": schema.SCHEMA_VERSION,
+            "order": s.order,
+            "direction": self.direction_name,
+            "partition": p.name,
+            "dtype": str(self.dtype or next(self.problem.model.parameters()).dtype).removeprefix("torch."),
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "creation_library": "hoanalysis",
+            "creation_library_version": __version__,
+            "torch_version": torch.__version__,
+            "torch_threads": torch.get_num_threads(),
+            "provenance": json.dumps(provenance, sort_keys=True),
+        }
+
+
+# ---- checks of the settings -------------------------------------------------------------------------------------
+
+
+def _checked(s: Settings) -> Settings:
+    for name, value in (("order", s.order), ("diagonal", s.diagonal)):
+        if name == "diagonal" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if s.max_batches is not None and s.max_batches < 1:
+        raise ArgumentError(f"max_batches must be at least 1, not {s.max_batches}")
+    if s.keep_batches < 0 or s.keep_batches == 1:
+        raise ArgumentError(f"keep_batches must be 0, or at least 2 blocks, not {s.keep_batches}")
+    if s.tolerance is not None and not s.tolerance > 0:
+        raise ArgumentError(f"tolerance is a relative standard error above 0, not {s.tolerance}")
+    return s
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        found = dtype
+    else:
+        found = {"float32": torch.float32, "float64": torch.float64}.get(str(dtype).removeprefix("torch."))
+        if found is None:
+            raise ArgumentError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
+    if found not in (None, torch.float32, torch.float64):
+        raise ArgumentError(f"dtype must be float32 or float64, not {found}", why="lower ones give noise at order 2")
+    return found
+
+
+def _bytes(memory: str | int) -> int:
+    """``"2GiB"`` -> 2 * 2**30."""
+    if isinstance(memory, int):
+        return memory
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(B|[KMGT]i?B)?\s*", memory)
+    if not match:
+        raise ArgumentError(f"memory {memory!r} is not a size", do="write bytes, or '2GiB', '500MB'")
+    number, unit = float(match[1]), match[2] or "B"
+    power = "BKMGT".index(unit[0])
+    return int(number * (1024 if "i" in unit or unit == "B" else 1000) ** power)
+
+
+def _refuse_huge(p: Partition, s: Settings) -> None:
+    entries = len(p) ** s.order
+    if entries > MAX_ENTRIES:
+        raise ArgumentError(
+            f"D{s.order} of {len(p)} groups has {entries:.3g} entries, {entries * 8 / 2**30:.3g} GiB",
+            do=f"use a coarser partition, order {s.order - 1}, or diagonal={s.order}",
+        )
+
+
+def _refuse_nonfinite(state: State) -> None:
+    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in state.parameters.items() if not bool(p.isfinite().all())}
+    if bad:
+        raise NumericsError(
+            f"parameters that are not finite: {listed(bad)}", why=f"{sum(bad.values())} entries are NaN or infinite"
+        )
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------
+
+
+def _bar(iterable: Iterable, show: bool, what: str, total: int | None = None) -> Iterator:
+    return iter(tqdm(iterable, desc=what, total=total, disable=not show, leave=False))
+
+
+def _each(plan: Mapping[str, Any], show: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    return _bar(list(enumerate(plan["steps"])), show, "checkpoints")
