@@ -7,11 +7,14 @@ Importing this module registers the accessor on every `xarray.Dataset`; it impor
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import xarray as xr
 
+from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
 from hoanalysis.analysis import merge as _merge
 from hoanalysis.analysis import regularizer as _regularizer
+from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
 from hoanalysis.analysis.groups import null_groups
@@ -58,6 +61,18 @@ class HoAccessor:
     def taylor_terms(self, eta: _taylor.Move, order: int | None = None) -> xr.DataArray:
         """The predicted change order by order; see `analysis.taylor.taylor_terms`."""
         return _taylor.taylor_terms(self._ds, eta, order)
+
+    def interactions(self, top: int | None = None) -> pd.DataFrame:
+        """Pairs of groups, the strongest first at every step; see `analysis.interactions.interactions`."""
+        return _interactions.interactions(self._ds, top)
+
+    def shares(self) -> xr.Dataset:
+        """The off-diagonal and off-block shares of H-bar; see `analysis.interactions.shares`."""
+        return _interactions.shares(self._ds)
+
+    def spectrum(self) -> xr.DataArray:
+        """Eigenvalues of the Hessian compressed to the directions; see `analysis.spectra.spectrum`."""
+        return _spectra.spectrum(self._ds)
 
     def null_groups(self) -> xr.DataArray:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
