@@ -27,13 +27,13 @@ def error_over_blocks(sums: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
 
     A block is filled where its weight is positive, so that checkpoints may keep different numbers of blocks.
     """
-    filled = np.isfinite(weight) & (weight > 0)
+    filled = weight.notnull() & (weight > 0)
     w = weight.where(filled, 0.0)
     total, n = w.sum(schema.BATCH), filled.sum(schema.BATCH)
     sums = sums.where(filled, 0.0)
     mean = sums.sum(schema.BATCH, skipna=False) / total
     squares = ((sums - w * mean) ** 2).sum(schema.BATCH, skipna=False)
-    return np.sqrt(n / (n - 1) * squares).where(n > 1) / total
+    return (n / (n - 1) * squares).where(n > 1) ** 0.5 / total
 
 
 def leave_one_out(blocks: Blocks, b: int) -> dict[str, Array]:

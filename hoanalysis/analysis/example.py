@@ -62,10 +62,8 @@ def _summaries(model: _Polynomial, theta: Array, owner: NDArray[np.int64], order
     loss, *derivatives = model.derivatives(theta)
     gradient = share @ derivatives[0]
     u = np.where(owner[:, None] == np.arange(owner.max() + 1), gradient[:, None], 0.0)
-    letters, variables = (
-        "ijk",
-        {"loss": ((), float(share @ loss)), "loss_se": ((), float(error_of_mean(loss, model.weight)))},
-    )
+    letters, error = "ijk", float(error_of_mean(loss, model.weight))
+    variables: dict = {"loss": ((), float(share @ loss)), "loss_se": ((), error)}
     for d, full in enumerate(derivatives, 1):
         spec = f"b{letters[:d]}," + ",".join(f"{p}{s}" for p, s in zip(letters[:d], "stu", strict=False))
         values = np.einsum(f"{spec}->b{'stu'[:d]}", full, *[u] * d)

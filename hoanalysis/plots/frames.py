@@ -1,0 +1,145 @@
+"""The numbers behind each figure, as tidy frames or labelled arrays: pure functions of the Dataset."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hoanalysis import schema
+from hoanalysis.analysis.arrays import checkpoints, require, step_labels, tensor
+from hoanalysis.analysis.inverse import Which, matrix
+from hoanalysis.analysis.regularized import Regularization
+from hoanalysis.analysis.regularizer import regularizer
+from hoanalysis.analysis.spectra import spectrum
+from hoanalysis.analysis.steps import learning_rates
+from hoanalysis.analysis.taylor import highest_order, taylor
+from hoanalysis.errors import ArgumentError, listed
+
+Used = float | pd.DataFrame | None
+
+
+def at_step(ds: xr.Dataset, step: Any = None) -> xr.Dataset:
+    """The Dataset of one checkpoint: ``"first"``, ``"last"`` (computed ones; the default is the last), or its step."""
+    if schema.STEP not in ds.dims:
+        return ds
+    labels = step_labels(ds)
+    if step in (None, "first", "last"):
+        done = [i for i, one in enumerate(checkpoints(ds)) if np.isfinite(one[schema.LOSS].values).all()] or [0]
+        return ds.isel({schema.STEP: done[0] if step == "first" else done[-1]})
+    if step not in labels:
+        raise ArgumentError(f"there is no checkpoint at step {step!r}", do=f"use one of {listed(labels)}")
+    return ds.isel({schema.STEP: labels.index(step)})
+
+
+def first_and_last(ds: xr.Dataset) -> list[xr.Dataset]:
+    """The first and the last computed checkpoint, or the only one."""
+    first, last = at_step(ds, "first"), at_step(ds, "last")
+    return [first] if step_labels(first) == step_labels(last) else [first, last]
+
+
+def step_of(one: xr.Dataset) -> Any:
+    """The step of the Dataset of one checkpoint, or None."""
+    return one[schema.STEP].item() if schema.STEP in one.coords else None
+
+
+def matrix_at(
+    ds: xr.Dataset, which: Which, step: Any = None, regularization: Regularization = None, epsilon: float = 1.0
+) -> xr.DataArray:
+    """H-bar, its inverse or the scale-free H-bar at one checkpoint, (S, S), with its error as a coordinate."""
+    return matrix(at_step(ds, step), which, regularization, epsilon)
+
+
+def relative_errors(ds: xr.Dataset, step: Any = None) -> xr.DataArray:
+    """se(D2_st) / |D2_st| at one checkpoint, (S, S), without unit."""
+    one = at_step(ds, step)
+    require(one, "D2", "D2_se")
+    value, error = np.abs(tensor(one, "D2")), tensor(one, "D2_se")
+    ratio = np.divide(error, value, out=np.full_like(value, np.nan), where=value > 0)
+    array = matrix(one, "H").copy(data=ratio)
+    return array.assign_attrs(long_name="relative standard error of H-bar", units="1")
+
+
+def by_group(ds: xr.Dataset, name: str, value: xr.DataArray, error: xr.DataArray) -> pd.DataFrame:
+    """``step, group, value, se`` of a quantity over groups; ``name`` is recorded in ``quantity``."""
+    rows = []
+    for step, v, e in zip(step_labels(ds), *(np.atleast_2d(a.values) for a in (value, error)), strict=True):
+        rows.append(pd.DataFrame({"step": step, "group": schema.labels(ds), "quantity": name, "value": v, "se": e}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def rates(ds: xr.Dataset, regularization: Regularization = None, epsilon: float = 1.0) -> pd.DataFrame:
+    """The learning rates of the first and last checkpoint: ``step, group, quantity, value, se``."""
+    parts = []
+    for one in first_and_last(ds):
+        found = learning_rates(one, regularization, epsilon)
+        parts.append(by_group(one, "learning rate", found.learning_rates, found.learning_rates_se))
+    return pd.concat(parts, ignore_index=True)
+
+
+def regularizers(ds: xr.Dataset) -> pd.DataFrame:
+    """r of the first and last checkpoint: ``step, group, quantity, value, se``."""
+    parts = []
+    for one in first_and_last(ds):
+        r = regularizer(one)
+        parts.append(by_group(one, "r", r, r.regularizer_se))
+    return pd.concat(parts, ignore_index=True)
+
+
+def losses(ds: xr.Dataset) -> pd.DataFrame:
+    """``step, value, se`` of the loss."""
+    se = schema.error_of(schema.LOSS)
+    error = ds[se].values if se in ds else np.full(np.shape(ds[schema.LOSS].values), np.nan)
+    values = {"value": np.atleast_1d(ds[schema.LOSS].values), "se": np.atleast_1d(error)}
+    return pd.DataFrame({"step": step_labels(ds), **values})
+
+
+def slopes(ds: xr.Dataset, top: int = 8) -> pd.DataFrame:
+    """D1 of the ``top`` groups where it is largest at any step: ``step, group, quantity, value, se``."""
+    require(ds, "D1")
+    error = ds["D1_se"] if "D1_se" in ds else ds["D1"] * np.nan
+    frame = by_group(ds, "D1", ds["D1"], error)
+    kept = frame.groupby("group", sort=False)["value"].agg(lambda x: x.abs().max()).nlargest(top).index
+    return frame[frame["group"].isin(kept)].reset_index(drop=True)
+
+
+def eigenvalues(ds: xr.Dataset) -> pd.DataFrame:
+    """``step, rank, value, se`` of the compressed Hessian's eigenvalues."""
+    found = spectrum(ds)
+    values, errors = np.atleast_2d(found.values), np.atleast_2d(found.spectrum_se.values)
+    ranks = np.arange(1, values.shape[1] + 1)
+    rows = [
+        pd.DataFrame({"step": step, "rank": ranks, "value": v, "se": e})
+        for step, v, e in zip(step_labels(ds), values, errors, strict=True)
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def along_step(ds: xr.Dataset, step: Any = None, eta: xr.DataArray | None = None, points: int = 41) -> pd.DataFrame:
+    """``tau, order, value, se``: the predicted change of the loss at tau times the move, for tau in 0..2, by order.
+
+    The move is minus the plain learning rates of the checkpoint unless ``eta`` is given.
+    """
+    one = at_step(ds, step)
+    move = -learning_rates(one).learning_rates if eta is None else eta
+    tau = xr.DataArray(np.linspace(0, 2, points), dims="tau")
+    rows = []
+    for order in range(1, highest_order(one) + 1):
+        change = taylor(one, tau * move.reset_coords(drop=True), order)
+        columns = {"tau": tau.values, "order": order, "value": change.values, "se": change["taylor_se"].values}
+        rows.append(pd.DataFrame(columns))
+    return pd.concat(rows, ignore_index=True)
+
+
+def used_at(used: Used, step: Any) -> float | None:
+    """The learning rate that the run used at ``step``: a number, or the last one logged until then."""
+    if used is None or isinstance(used, int | float):
+        return used
+    missing = {"step", "learning_rate"} - set(used.columns)
+    if missing:
+        raise ArgumentError(f"the training log lacks the columns {sorted(missing)}", do="name them step, learning_rate")
+    logged = used.dropna(subset=["learning_rate"]).sort_values("step")
+    if step is not None:
+        until = logged[logged["step"] <= step]
+        logged = logged.head(1) if until.empty else until  # the first row is what the first step is about to use
+    return float(logged["learning_rate"].iloc[-1]) if len(logged) else None

@@ -1,0 +1,161 @@
+"""Quantities over the steps of the run, with bands of 2 standard errors."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+
+from hoanalysis.analysis.interactions import SHARES, pair_values, shares
+from hoanalysis.plots import frames, style
+
+PAIRS = 6
+
+
+def loss(ds: xr.Dataset, ax: Axes | None = None, *, log: pd.DataFrame | None = None) -> Axes:
+    """The loss at the checkpoints, with 2 standard errors, beside the losses of the training log."""
+    ax = style.axes(ax, 7.5, 3.6)
+    frame = frames.losses(ds)
+    _line(ax, frame["step"], frame["value"], frame["se"], 0, "summaries")
+    log = pd.DataFrame() if log is None else log
+    for k, column in enumerate([c for c in log.columns if "loss" in str(c)], 1):
+        ax.plot(log["step"], log[column], color=style.PALETTE[k], lw=1, ls="--", label=style.text(f"log: {column}"))
+    style.signed_axis(ax, "y", frame["value"].to_numpy(float))
+    return _finish(ax, "loss [loss]", "Loss", frame)
+
+
+def trajectories(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS) -> Axes:
+    """Loss, D1 of the groups where it is largest, and D2 of the strongest pairs, over the steps.
+
+    Returns the axes of the first panel; all panels are in ``.figure.axes``.
+    """
+    panels = style.split(style.axes(ax, 8.5, 9.0), 3, 1)
+    loss(ds, panels[0])
+    slopes = frames.slopes(ds, top)
+    _family(panels[1], slopes, "group")
+    n = ds.sizes["group"]
+    _finish(panels[1], "D1 [loss]", "First order" + (f", the {top} largest of {n} groups" if n > top else ""), slopes)
+    pairs(ds, panels[2], top=top, quantity="value")
+    return panels[0]
+
+
+def pairs(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, quantity: str = "scale_free") -> Axes:
+    """The strongest pairs of groups over the steps: ``"scale_free"`` entries or ``"value"`` (D2) of the same pairs."""
+    ax = style.axes(ax, 8.5, 3.8)
+    frame = pair_values(ds, top)
+    if frame.empty:
+        return style.nothing(ax, "there is no pair: one group, or nothing computed")
+    arrow = " \N{MULTIPLICATION SIGN} "
+    names = [
+        style.text(g, 24) + arrow + style.text(h, 24) for g, h in zip(frame["group"], frame["group2"], strict=True)
+    ]
+    frame = frame.assign(pair=names, value=frame[quantity], se=frame[f"{quantity}_se"])
+    _family(ax, frame, "pair", linear=quantity == "scale_free")
+    ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    unit = "H-bar$_{st}$ / |H-bar$_{ss}$ H-bar$_{tt}$|$^{1/2}$ [no unit]" if quantity == "scale_free" else "D2 [loss]"
+    return _finish(ax, unit, f"The {frame['pair'].nunique()} strongest pairs of groups", frame)
+
+
+def interaction_shares(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """How much of H-bar lies between groups and between layers, over the steps."""
+    ax = style.axes(ax, 7.5, 3.6)
+    found = shares(ds)
+    steps = frames.losses(ds)["step"]
+    for k, name in enumerate(SHARES):
+        label = name.replace("_raw", ", raw").replace("_", "-") + ("" if "raw" in name else ", scale-free")
+        _line(ax, steps, np.atleast_1d(found[name].values), np.atleast_1d(found[f"{name}_se"].values), k, label)
+    ax.set_ylim(0, 1)
+    frame = pd.DataFrame({"step": steps, "value": np.atleast_1d(found["off_diagonal"].values)})
+    return _finish(
+        ax, "share of the sum of |entries| [no unit]", "Interactions between groups and between layers", frame
+    )
+
+
+def spectrum(ds: xr.Dataset, ax: Axes | None = None, *, used: frames.Used = None, top: int = 8) -> Axes:
+    """Eigenvalues of the Hessian compressed to the directions; beside them 2 / learning rate where ``used`` is given.
+
+    The largest of them is a lower bound on the Hessian's, above 2 / learning rate plain gradient descent is unstable.
+    """
+    frame = frames.eigenvalues(ds)
+    ax = style.axes(ax, 7.5, 3.8)
+    if frame["value"].isna().all():
+        return style.nothing(ax, "no spectrum: nothing computed")
+    style.signed_axis(ax, "y", frame["value"].to_numpy(float))
+    if _single(frame):
+        _line(ax, frame["rank"], frame["value"], frame["se"], 0, "eigenvalues")
+    else:
+        ranks = sorted(frame["rank"].unique())
+        kept = ranks if len(ranks) <= top else ranks[: top - 2] + ranks[-2:]
+        _family(ax, frame[frame["rank"].isin(kept)].assign(name=frame["rank"].map(lambda r: f"eigenvalue {r}")), "name")
+    _edge(ax, frame, used)
+    ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    unit = "eigenvalue [loss/parameter$^2$]"
+    ax = _finish(ax, unit, "Spectrum of the Hessian compressed to the directions", frame)
+    if _single(frame):
+        ax.set_xlabel("rank of the eigenvalue")
+    return ax
+
+
+def _single(frame: pd.DataFrame) -> bool:
+    return len(frame["step"].unique()) == 1
+
+
+def _edge(ax: Axes, frame: pd.DataFrame, used: frames.Used) -> None:
+    steps = list(frame["step"].unique())
+    rates = [frames.used_at(used, step) for step in steps]
+    if None in rates or _single(frame):
+        return
+    ax.plot(steps, [2 / float(r or np.nan) for r in rates], color=style.USED, ls="--", lw=1, label="2 / learning rate")
+
+
+def taylor(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None, eta: xr.DataArray | None = None) -> Axes:
+    """The predicted change of the loss along ``eta``, by order; by default minus the plain learning rates."""
+    frame = frames.along_step(ds, step, eta)
+    ax = style.axes(ax, 7.5, 3.8)
+    if frame["value"].isna().all():
+        return style.nothing(ax, "no prediction: the learning rates of this checkpoint are not available")
+    for k, (order, part) in enumerate(frame.groupby("order")):
+        _line(ax, part["tau"], part["value"], part["se"], k, f"order {order}", marker="")
+    ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    ax.axvline(1, color="0.7", lw=0.8, zorder=0)
+    low, high = frame.loc[frame["order"] > 1, "value"].min(), frame.loc[frame["order"] > 1, "value"].max()
+    if np.isfinite(low) and high > low:
+        ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
+    when = frames.step_of(frames.at_step(ds, step))
+    place = "" if when is None else f", step {when}"
+    move = "the learning rates" if eta is None else "the given move"
+    ax = _finish(ax, "predicted change of the loss [loss]", f"Taylor prediction along {move}{place}", frame)
+    ax.set_xlabel("multiple of the move [no unit]")
+    return ax
+
+
+def _family(ax: Axes, frame: pd.DataFrame, by: str, linear: bool = False) -> None:
+    if not linear:
+        style.signed_axis(ax, "y", frame["value"].to_numpy(float))
+    groups = list(frame.groupby(by, sort=False))
+    names = style.texts([name for name, _ in groups], 56)
+    for k, (name, (_, part)) in enumerate(zip(names, groups, strict=True)):
+        _line(ax, part["step"], part["value"], part["se"], k, name)
+
+
+def _line(ax: Axes, x: Any, y: Any, se: Any, k: int, label: str, marker: str = "o") -> None:
+    x, y, se = (np.asarray(v, dtype=float) for v in (x, y, se))
+    colour, dash = style.PALETTE[k % len(style.PALETTE)], ["-", "--", ":"][k // len(style.PALETTE) % 3]
+    ax.plot(x, y, color=colour, ls=dash, lw=1.5, marker=marker, ms=3.5, label=label)
+    if len(x) == 1:
+        ax.errorbar(x, y, yerr=style.BAND * np.nan_to_num(se), color=colour, lw=1.2)
+    elif np.isfinite(se).any():
+        ax.fill_between(x, y - style.BAND * se, y + style.BAND * se, color=colour, alpha=0.18, lw=0)
+
+
+def _finish(ax: Axes, unit: str, title: str, frame: pd.DataFrame) -> Axes:
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.set_title(f"{title} (bands: 2 standard errors)", fontsize="medium")
+    ax.grid(color="0.93")
+    ax.set_axisbelow(True)
+    if "step" in frame and _single(frame) and "tau" not in frame:
+        ax.set_xticks([float(frame["step"].iloc[0])], labels=[str(frame["step"].iloc[0])])
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small", frameon=False)
+    return ax
