@@ -8,8 +8,9 @@ nested torch gives, and what we give.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +27,19 @@ class primitive_operations(TorchFunctionMode):
         if replacement is not None:
             return replacement(*args, **(kwargs or {}))
         if func in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[attr-defined]
+            with _without_mkldnn():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Recurrent layers on torch's own kernels, the only ones with a double backward. Touches no other flag."""
+    (enabled, *_) = torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled)
 
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:

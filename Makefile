@@ -1,0 +1,33 @@
+# make report   the post-mortem of the shipped run, from nothing        make test   all tests
+# make lab      JupyterLab on the notebooks                             make .venv  the environment alone
+PYTHON ?= python3
+BIN := .venv/bin
+REPORT := reports/lenet5-mnist
+
+.PHONY: report test lab lint clean
+
+report: .venv
+	$(BIN)/hoanalysis report data/lenet5-mnist/study.toml --out $(REPORT)
+
+test: .venv lint
+	$(BIN)/pytest
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: .venv
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# Made anew when what it installs has changed; built beside and renamed by `touch` last, so that a broken install is not
+# mistaken for a whole one.
+.venv: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,zarr,cluster]'
+	touch $@
+
+clean:
+	rm -rf .venv reports build dist .pytest_cache .ruff_cache .mypy_cache

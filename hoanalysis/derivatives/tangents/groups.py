@@ -1,0 +1,133 @@
+"""Sets of groups, and the sums that the sweeps add to.
+
+Groups are numbered by first use along the graph, so that the set of groups upstream of a node is a prefix in a chain,
+and a slice or an index set elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+Groups = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def union(a: Groups, b: Groups) -> Groups:
+    """Both sets, sorted."""
+    if a == b or not b:
+        return a
+    return tuple(sorted(set(a) | set(b))) if a else b
+
+
+@functools.lru_cache(maxsize=4096)
+def common(a: Groups, b: Groups) -> Groups:
+    """The groups in both sets, sorted."""
+    inside = set(b)
+    return a if a == b else tuple(g for g in a if g in inside)
+
+
+@functools.lru_cache(maxsize=4096)
+def rows(part: Groups, whole: Groups) -> slice | Tensor:
+    """Where the groups of ``part`` stand in ``whole``: a slice where they are contiguous there.
+
+    >>> rows((2, 3), (0, 2, 3))
+    slice(1, 3, None)
+    """
+    place = {g: i for i, g in enumerate(whole)}
+    found = [place[g] for g in part]
+    if not found:
+        return slice(0, 0)
+    if found[-1] - found[0] == len(found) - 1:
+        return slice(found[0], found[-1] + 1)
+    return torch.tensor(found)
+
+
+def take(data: Tensor, have: Groups, want: Groups) -> Tensor:
+    """The rows of ``want`` out of a stack with the groups ``have``; a view where it can be."""
+    return data if have == want else data[rows(want, have)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _index(groups: Groups) -> Tensor:
+    return torch.tensor(groups, dtype=torch.long)
+
+
+class Sums:
+    """D1, D2, D3 and the third diagonal of one batch, in float64, over groups in the order of first use."""
+
+    def __init__(self, size: int, order: int, diagonal: bool) -> None:
+        self.size = size
+        self.D1 = torch.zeros(size, dtype=torch.float64)
+        self.D2 = torch.zeros(size, size, dtype=torch.float64)
+        self.D3 = torch.zeros(size, size, size, dtype=torch.float64) if order >= 3 else None
+        self.diagonal = torch.zeros(size, dtype=torch.float64) if diagonal else None
+
+    def add1(self, groups: Groups, values: Tensor) -> None:
+        self.D1[_index(groups)] += values.double()
+
+    def add2(self, a: Groups, b: Groups, values: Tensor, both: bool = False) -> None:
+        """D2[a, b] += values of shape (len(a), len(b)), and the transpose too where ``both``."""
+        i, j = _index(a), _index(b)
+        values = values.double()
+        self.D2[i[:, None], j] += values
+        if both:
+            self.D2[j[:, None], i] += values.T
+
+    def add3_pairs(self, pair: Groups, other: Groups, values: Tensor) -> None:
+        """The three placements of values[s, t, r], symmetric in s and t: D3 += G_str + G_srt + G_rst."""
+        assert self.D3 is not None
+        i, r = _index(pair), _index(other)
+        values = values.double()
+        a, b, c = i[:, None, None], i[None, :, None], r[None, None, :]
+        self.D3[a, b, c] += values
+        self.D3[a, c.transpose(1, 2), b.transpose(1, 2)] += values.transpose(1, 2)
+        self.D3[r[:, None, None], i[None, :, None], i[None, None, :]] += values.permute(2, 0, 1)
+
+    def add3_six(self, groups: tuple[Groups, Groups, Groups], values: Tensor) -> None:
+        """All six placements of values[r, s, t]."""
+        assert self.D3 is not None
+        index = [_index(g) for g in groups]
+        values = values.double()
+        for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
+            a, b, c = (index[i] for i in p)
+            self.D3[a[:, None, None], b[None, :, None], c[None, None, :]] += values.permute(p)
+
+    def add_diagonal(self, groups: Groups, values: Tensor) -> None:
+        assert self.diagonal is not None
+        self.diagonal[_index(groups)] += values.double()
+
+
+def triple_products(sums: Sums, pair: Groups, T: Tensor, other: Groups, R: Tensor) -> None:
+    """D3 += the three placements of G[s, t, r] = <T_s * T_t, R_r>, for stacks T (k, N) and R (K, N).
+
+    Pairs are formed for s <= t only, one row of them at a time and in blocks of columns that stay in the cache: S^2
+    times the activations is never materialised.
+    """
+    k, n = T.shape
+    G = torch.zeros(k, k, len(R), dtype=torch.float64)
+    block = max(1024, (1 << 20) // (k + len(R)))
+    for start in range(0, n, block):
+        t, r = T[:, start : start + block].contiguous(), R[:, start : start + block].T
+        for s in range(k):
+            G[s, s:] += (t[s:] * t[s]) @ r
+    lower = torch.ones(k, k, dtype=torch.bool).tril(-1)
+    G[lower] = G.transpose(0, 1)[lower]
+    sums.add3_pairs(pair, other, G)
+
+
+def add_rows(a: Groups, A: Tensor, b: Groups, B: Tensor) -> tuple[Groups, Tensor]:
+    """A + B over the union of their groups. ``A`` is overwritten where it has all of them."""
+    both = union(a, b)
+    if both != a:
+        whole = A.new_zeros(len(both), *A.shape[1:])
+        whole[rows(a, both)] = A
+        A = whole
+    where = rows(b, both)
+    if isinstance(where, slice):
+        A[where] += B
+    else:
+        A.index_add_(0, where, B.expand(len(where), *A.shape[1:]))
+    return both, A

@@ -1,0 +1,127 @@
+"""Scalar functions, elementwise: y = sigma(x), with sigma', sigma'', sigma''' by nested jvp, not by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take, triple_products
+from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
+
+aten = torch.ops.aten
+
+
+def derivatives(f: Callable[[Tensor], Tensor], x: Tensor, order: int) -> list[Tensor]:
+    """[sigma(x), sigma'(x), ..] up to ``order``, elementwise."""
+    ones = torch.ones_like(x)
+
+    def one_more(g: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def h(z: Tensor) -> tuple[Tensor, ...]:
+            values, slopes = torch.func.jvp(g, (z,), (ones,))
+            return (*values, slopes[-1])
+
+        return h
+
+    def g(z: Tensor) -> tuple[Tensor, ...]:
+        return (f(z),)
+
+    for _ in range(order):
+        g = one_more(g)
+    return list(g(x))
+
+
+class Scalar(Local):
+    """sigma(x). Contractions are matrix products of the tangents with weights lam sigma'' and lam sigma'''."""
+
+    kind = "scalar"
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        (key,) = keys
+        fixed = list(args)
+        x = args[key].detach()
+
+        def f(z: Tensor) -> Tensor:
+            fixed[key] = z
+            return op(*fixed, **kwargs)
+
+        self.value, *self.d = derivatives(f, x, max(order, 1))
+
+    @classmethod
+    def is_curved(cls, keys: frozenset) -> bool:
+        return True
+
+    def push(self, key: Key, stack: Tensor) -> Tensor:
+        return stack * self.d[0]
+
+    pull = push
+
+    def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = x.data.flatten(1)
+        sums.add2(x.groups, x.groups, (T * (lam * self.d[1]).flatten()) @ T.T)
+
+    def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
+        # sigma''' enters with 1/3 because the triple product places it three times
+        ((_, x),) = tangents.items()
+        T = x.data.flatten(1)
+        own = T * (lam * self.d[2]).flatten().div(3)
+        if lamT is None:
+            triple_products(sums, x.groups, T, x.groups, own)
+            return
+        total = lamT.data.flatten(1) * self.d[1].flatten()
+        groups, total = add_rows(lamT.groups, total, x.groups, own)
+        triple_products(sums, x.groups, T, groups, total)
+
+    def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
+        x = tangents[key]
+        return Stack(x.groups, x.data * (lam * self.d[1]))
+
+    def bend(self, tangents: Stacks) -> Stack:
+        ((_, x),) = tangents.items()
+        return Stack(x.groups, x.data * x.data * self.d[1])
+
+    def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = x.data.flatten(1)
+        sums.add_diagonal(x.groups, (T * T * T) @ (lam * self.d[2]).flatten())
+        for x2 in bent.values():
+            t = take(x.data, x.groups, x2.groups).flatten(1)
+            sums.add_diagonal(x2.groups, 3 * ((t * x2.data.flatten(1)) @ (lam * self.d[1]).flatten()))
+
+
+rule(
+    aten.tanh.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.exp.default,
+    aten.expm1.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.log2.default,
+    aten.exp2.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.pow.Tensor_Scalar,
+    aten.pow.Scalar,
+    aten.square.default,
+    aten.erf.default,
+    aten.erfc.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.tan.default,
+    aten.atan.default,
+    aten.sinh.default,
+    aten.cosh.default,
+    aten.softplus.default,
+    aten.log_sigmoid.default,
+    aten.elu.default,
+    aten.selu.default,
+    aten.celu.default,
+    aten.mish.default,
+    aten.hardswish.default,
+)(Scalar)
