@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from hoanalysis.checkpoints import safetensors_file, torch_file, unpack
 from hoanalysis.checkpoints.sniff import existing, sniff, step_of
@@ -180,26 +180,18 @@ def _unusable(tensor: "Tensor") -> str:
 
 def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
     """The shards of an index: {"weight_map": {tensor: file}}, all beside it, each tensor in exactly one of them."""
-    file.seek(0)
-    try:
-        weight_map = json.loads(file.read().decode("utf-8"))["weight_map"]
-        names = {str(k): v for k, v in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            "this JSON file is not an index of shards",
-            where=str(path),
-            why=f'an index is {{"weight_map": {{tensor: file}}}} ({type(error).__name__}: {error})',
-        ) from None
+    names = _weight_map(path, file)
     shards = {name: _shard(path, name) for name in dict.fromkeys(names.values())}
     weights: dict[str, Tensor] = {}
     optimizer: unpack.OptimizerState = {}
     home: dict[str, str] = {}
-    notes, digest = [], hashlib.sha256()
+    notes: list[str] = []
+    hashes: dict[str, str] = {}
     for shard, location in shards.items():
         part = load_checkpoint(location)
         if part.format != "safetensors":
             raise CheckpointError(f"the shard {shard!r} is not safetensors", where=str(path))
-        digest.update(f"{shard}:{part.sha256}\n".encode())
+        hashes[shard] = part.sha256
         for name in part.state_dict:
             if name in home:
                 raise CheckpointError(
@@ -218,7 +210,36 @@ def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
     stray = [n for n in weights if n not in names]
     if stray:
         raise CheckpointError(f"the shards hold {listed(stray)}, which the index does not name", where=str(path))
-    return Checkpoint(path, "safetensors", digest.hexdigest(), step_of(path), weights, optimizer or None, {}, notes)
+    return Checkpoint(path, "safetensors", _joined(hashes), step_of(path), weights, optimizer or None, {}, notes)
+
+
+def _weight_map(path: Path, file: BinaryIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        weight_map = json.loads(file.read().decode("utf-8"))["weight_map"]
+        return {str(k): v for k, v in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "this JSON file is not an index of shards",
+            where=str(path),
+            why=f'an index is {{"weight_map": {{tensor: file}}}} ({type(error).__name__}: {error})',
+        ) from None
+
+
+def _joined(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(
+        "".join(f"{shard}:{sha256}\n" for shard, sha256 in sorted(hashes.items())).encode()
+    ).hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """What `Checkpoint.sha256` of this file will be, without reading weights."""
+    with existing(path).open("rb") as file:
+        if sniff(path, file.read(512)) == "index":
+            shards = {_shard(path, name) for name in _weight_map(path, file).values()}
+            return _joined({shard.name: content_sha256(shard) for shard in shards})
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard(index: Path, name: object) -> Path:
@@ -230,6 +251,8 @@ def _shard(index: Path, name: object) -> Path:
             why="a shard is a file beside its index; this is a path that leaves the folder",
             do="do not trust this index; put the shards beside it, and name them alone",
         )
+    if name.endswith(".json"):
+        raise CheckpointError(f"the shard {name!r} is an index itself", where=str(index))
     location = index.parent / name
     if not location.exists():
         raise CheckpointError(f"the shard {name!r} is missing", where=str(index), do="copy all shards beside the index")

@@ -1,13 +1,12 @@
 """`Run`: the checkpoints of one training run, in order, each read when it is asked for."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
-from hoanalysis.checkpoints.load import Checkpoint, load_checkpoint
+from hoanalysis.checkpoints.load import Checkpoint, content_sha256, load_checkpoint
 from hoanalysis.checkpoints.sniff import _neighbours, recognised, step_of
 from hoanalysis.errors import CheckpointError, listed
 
@@ -46,12 +45,15 @@ class Run(Sequence[Checkpoint]):
     def __iter__(self) -> Iterator[Checkpoint]:
         return (load_checkpoint(path, self.key) for path in self.paths)
 
+    def sha256(self, position: int) -> str:
+        """The `Checkpoint.sha256` of a file, without reading its weights."""
+        return content_sha256(self.paths[position])
+
     def duplicates(self) -> list[tuple[int, ...]]:
         """Positions of files with the same bytes, by their SHA-256: ``[(3, 7)]`` where the fourth is the eighth."""
         places: dict[str, list[int]] = {}
-        for position, path in enumerate(self.paths):
-            with path.open("rb") as file:
-                places.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(position)
+        for position in range(len(self)):
+            places.setdefault(self.sha256(position), []).append(position)
         return [tuple(same) for same in places.values() if len(same) > 1]
 
     def __repr__(self) -> str:

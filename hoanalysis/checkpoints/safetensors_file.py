@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from hoanalysis.checkpoints.sniff import MAX_HEADER
 from hoanalysis.errors import CheckpointError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER = 100_000_000  # the limit of the format's own reader
 #: Bytes of an element and the name of torch's dtype.
 DTYPES = {
     "F64": (8, "float64"),

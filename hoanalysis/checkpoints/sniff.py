@@ -10,7 +10,7 @@ from hoanalysis.errors import CheckpointError, listed
 
 Kind = Literal["safetensors", "torch", "torch (legacy)", "index"]
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format's own reader
 SUFFIXES = (".safetensors", ".index.json", ".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 #: First bytes of what is often mistaken for a checkpoint: what it is, and what to do.
@@ -36,6 +36,11 @@ def sniff(path: Path, head: bytes) -> Kind:
         raise CheckpointError(
             "the file is empty (0 bytes)", where=str(path), why="an interrupted copy?", do="copy it again"
         )
+    # byte 8 begins the JSON of a header. Checked first: the length in front of it may begin like any other format, and
+    # a header of 640 bytes begins like a pickle
+    header = head[8:9] == b"{"
+    if header and int.from_bytes(head[:8], "little") <= MAX_HEADER:
+        return "safetensors"
     for magic, what, do in OTHERS:
         if head.startswith(magic):
             raise CheckpointError(what, where=str(path), do=do)
@@ -51,9 +56,9 @@ def sniff(path: Path, head: bytes) -> Kind:
         return "torch"
     if head.startswith(b"\x80"):
         return "torch (legacy)"
-    if len(head) > 8 and head[8:9] == b"{":
+    if header:
         return "safetensors"
-    if head.startswith(b"{") and path.name.endswith(".json"):
+    if text.startswith((b"{", b"[")) and path.name.endswith(".json"):
         return "index"
     raise CheckpointError(
         "this is no checkpoint that this library knows",

@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,13 @@ def read_archive(file: BinaryIO, path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            members = _checked_members(archive, file, path)
-            if any(m.filename.endswith("/constants.pkl") for m in members):
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise CheckpointError(
                     "this is a TorchScript program, not a checkpoint",
                     where=str(path),
                     do="where the file is trusted, torch.jit.load it and save its state_dict() with safetensors",
                 )
+            members = _checked_members(archive, file, path)
             pickles = [m for m in members if m.filename.endswith(".pkl")]
             if not any(m.filename.endswith("/data.pkl") for m in pickles):
                 raise CheckpointError(
@@ -152,12 +153,11 @@ def _weights_only(file: BinaryIO, path: Path, names: list[str]) -> Any:
 
     file.seek(0)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, names, str(error)) from None
-    except (
-        Exception
-    ) as error:  # torch has no family of errors for a damaged file: RuntimeError, EOFError, KeyError, ...
+        with warnings.catch_warnings(action="ignore"):  # on pickle protocols and old storages: nothing to act on
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file gives RuntimeError, EOFError, KeyError, ...: there is no family
+        if isinstance(error, pickle.UnpicklingError) or _unusual(names, ""):
+            raise _refused(path, names, str(error)) from None
         raise CheckpointError(
             "torch cannot read the file",
             where=str(path),
