@@ -15,6 +15,7 @@ import fnmatch
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -74,16 +75,19 @@ class Partition:
     _numel: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        repeated = sorted({x for x in self.labels if self.labels.count(x) > 1}) if len(self.labels) < 4096 else []
-        if repeated or len(set(self.labels)) < len(self.labels):
+        if repeated := [x for x, count in Counter(self.labels).items() if count > 1]:
             raise PartitionError(f"group labels repeat: {listed(repeated)}", do="give every group a name of its own")
         if missing := [p for p in self.parameters if p not in self.assignment]:
             raise PartitionError(f"parameters without a group: {listed(missing)}", do="name them, or pass rest='label'")
         if unknown := [p for p in self.assignment if p not in self.parameters]:
             raise PartitionError(f"assigned parameters that do not exist: {listed(unknown)}")
+        plain = {n: a if isinstance(a, np.ndarray) else int(a) for n, a in self.assignment.items()}
+        object.__setattr__(self, "assignment", plain)
         numel = np.zeros(len(self.labels), dtype=np.int64)
         for name, info in self.parameters.items():
             a = self.assignment[name]
+            if outside := [i for i in np.unique(a).tolist() if not 0 <= i < len(self.labels)]:
+                raise PartitionError(f"{name!r} is assigned to group {outside[0]} of {len(self.labels)}")
             if isinstance(a, np.ndarray):
                 if a.shape != info.shape:
                     raise PartitionError(f"the assignment of {name!r} has shape {a.shape}, the tensor {info.shape}")
@@ -192,7 +196,7 @@ class Partition:
                     do="add a pattern, or pass rest='label' to gather them in one group",
                 )
             owner.update(dict.fromkeys(missing, rest))
-        order = {label: i for i, label in enumerate([*patterns, *([rest] if rest and missing else [])])}
+        order = {label: i for i, label in enumerate(dict.fromkeys([*patterns, *([rest] if rest and missing else [])]))}
         assignment: dict[str, Assignment] = {n: order[owner[n]] for n in p.parameters}
         return cls(tuple(order), p.parameters, assignment, "pattern", p.frozen)
 
@@ -213,7 +217,9 @@ class Partition:
             hits = [n for n in p.parameters if fnmatch.fnmatchcase(n, pattern)]
             if not hits:
                 raise PartitionError(f"the pattern {pattern!r} matches no parameter", do=nearest(pattern, p.parameters))
-            rule.update(dict.fromkeys(hits, spec))
+            for n in hits:
+                if rule.setdefault(n, spec) != spec:
+                    raise PartitionError(f"{n!r} is cut in two ways: {rule[n]} and {spec}", do="narrow the patterns")
         labels: list[str] = []
         assignment: dict[str, Assignment] = {}
         for name, info in p.parameters.items():
@@ -248,18 +254,26 @@ class Partition:
             chunks = np.array_split(np.arange(len(self)), how)
             owner = {self.labels[i]: _span(self.labels[c[0]], self.labels[c[-1]]) for c in chunks for i in c}
         elif isinstance(how, Mapping):
-            owner = {x: x for x in self.labels}
+            known = set(self.labels)
+            moved: dict[str, str] = {}
             for new, olds in how.items():
+                if isinstance(olds, str) or not len(olds):
+                    raise PartitionError(f"the merged group {new!r} needs a list of old groups, not {olds!r}")
                 for old in olds:
-                    if old not in owner:
+                    if old not in known:
                         raise PartitionError(f"there is no group {old!r}", do=nearest(old, self.labels))
-                    if owner[old] not in (old, new):
-                        raise PartitionError(f"group {old!r} goes to two: {owner[old]!r} and {new!r}")
-                    owner[old] = new
+                    if moved.setdefault(old, new) != new:
+                        raise PartitionError(f"group {old!r} goes to two: {moved[old]!r} and {new!r}")
+            if clash := [x for x in self.labels if x not in moved and x in how]:
+                raise PartitionError(
+                    f"the new names {listed(clash)} belong to groups that are not merged", do="use other names"
+                )
+            owner = {x: moved.get(x, x) for x in self.labels}
         else:
             raise PartitionError(f"cannot merge by {how!r}", do="use 'layer', 'kind', a number or {new: [old, ..]}")
         new_labels = list(dict.fromkeys(owner[x] for x in self.labels))
-        table = np.array([new_labels.index(owner[x]) for x in self.labels], dtype=np.int64)
+        position = {label: i for i, label in enumerate(new_labels)}
+        table = np.array([position[owner[x]] for x in self.labels], dtype=np.int64)
         assignment: dict[str, Assignment] = {
             n: table[a] if isinstance(a, np.ndarray) else int(table[a]) for n, a in self.assignment.items()
         }
@@ -378,12 +392,23 @@ def describe_parameters(
         if not (p.requires_grad or include_frozen):
             frozen.append(name)
             continue
-        owner, _, leaf = name.rpartition(".")
+        owner, leaf = _owner(name)
         aliases = tuple(a for a in names_of[id(p)] if a != name)
         kind = _kind(model.get_submodule(owner), leaf)
-        layer = owner.partition(".parametrizations")[0] or name  # torch hides a re-parameterized weight in there
-        parameters[name] = ParameterInfo(tuple(p.shape), layer, kind, aliases)
+        parameters[name] = ParameterInfo(tuple(p.shape), owner or leaf, kind, aliases)
     return parameters, tuple(frozen)
+
+
+def _owner(name: str) -> tuple[str, str]:
+    """The module that a parameter serves, and its name there.
+
+    torch moves a re-parameterized tensor ``fc.weight`` to ``fc.parametrizations.weight.original``.
+    """
+    *path, leaf = name.split(".")
+    if "parametrizations" in path[:-1]:
+        at = path.index("parametrizations")
+        path, leaf = path[:at], path[at + 1]
+    return ".".join(path), leaf
 
 
 def _kind(owner: nn.Module, leaf: str) -> str:
@@ -398,7 +423,7 @@ def _kind(owner: nn.Module, leaf: str) -> str:
         return "embedding"
     if re.search(r"bias|(^|_)b(_|$)", leaf):
         return "bias"
-    if re.search(r"weight|(^|_)[wW](_|$)|kernel|original", leaf):
+    if re.search(r"weight|(^|_)[wW](_|$)|kernel", leaf):
         return "weight"
     return "other"
 
