@@ -23,6 +23,10 @@ def denominator(loss: Callable) -> Size | None:
     function, options = _unwrap(loss)
     if options.get("reduction", "mean") not in ("mean", "batchmean"):
         return None
+    if options.get("size_average") is not None or options.get("reduce") is not None:
+        return None  # torch's deprecated ways to say reduction
+    if function in _DIVIDED_BY_WEIGHT and options.get("weight") is not None:
+        return None
     if function in _BY_CLASS:
         return lambda batch: _class_weight_sum(batch[1], options)
     if function in _BY_ELEMENT:
@@ -44,6 +48,7 @@ _BY_ELEMENT = (
     F.poisson_nll_loss,
     F.soft_margin_loss,
 )
+_DIVIDED_BY_WEIGHT = (F.mse_loss, F.l1_loss, F.huber_loss)  # a mean by weights, where the others divide by elements
 _MODULES: dict[type, Callable] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
