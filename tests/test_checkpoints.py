@@ -464,18 +464,18 @@ HEADERS = {
 def test_a_forged_header_is_refused_by_a_named_check_in_less_than_a_second(tmp_path, case):
     header, data, length, words = HEADERS[case]
     path = forged(tmp_path, header, data, length)
-    begin = time.perf_counter()
+    begin = time.process_time()
     refused(path, words)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_many_entries_are_checked_in_less_than_a_second(tmp_path):
     many = {f"t{i}": entry(offsets=(8 * i, 8 * i + 8)) for i in range(100_000)}
     many["t7"] = entry("F31")
     path = forged(tmp_path, many, bytes(800_000))
-    begin = time.perf_counter()
+    begin = time.process_time()
     refused(path, "'t7'")
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 # --- C13: indices of shards

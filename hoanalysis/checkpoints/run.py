@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import overload
 
 from hoanalysis.checkpoints.load import Checkpoint, content_sha256, load_checkpoint
-from hoanalysis.checkpoints.sniff import _neighbours, recognised, step_of
+from hoanalysis.checkpoints.sniff import neighbours, recognised, step_of
 from hoanalysis.errors import CheckpointError, listed
 
 
@@ -79,7 +79,7 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
     folder = Path(folder)
     if not folder.is_dir():
         what = "this is a file, not a folder of checkpoints" if folder.exists() else "there is no such folder"
-        do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else _neighbours(folder)
+        do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else neighbours(folder)
         raise CheckpointError(what, where=str(folder), do=do)
     paths = sorted((p for p in folder.glob(pattern) if p.is_file()), key=_order)
     if not paths:

@@ -79,7 +79,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
             do="name one of the files, or open the folder as a run: open_run(folder)",
         )
     if not path.is_file():
-        raise CheckpointError("there is no such file", where=str(path), do=_neighbours(path))
+        raise CheckpointError("there is no such file", where=str(path), do=neighbours(path))
     return path
 
 
@@ -88,7 +88,7 @@ def recognised(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
 
 
-def _neighbours(path: Path) -> str:
+def neighbours(path: Path) -> str:
     folder = path.parent
     while not folder.is_dir():
         if folder == folder.parent:
