@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
+import random
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +99,15 @@ class Problem:
                 why="it is empty after the first pass, and several passes are needed",
                 do="pass a list, a DataLoader or another re-iterable",
             )
+        if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
+            raise DataError(
+                f"the data is a {type(data).__name__}, which cannot be iterated", do="pass a list or a DataLoader"
+            )
+        if batch_size is not None and not callable(batch_size):
+            raise ArgumentError(
+                f"batch_size is a function of a batch, not {batch_size!r}",
+                do="leave it out, or pass batch_size=lambda batch: the denominator of the batch's mean",
+            )
         self.model = _unwrapped(model)
         self.data = data
         self.reduction = reduction
@@ -122,7 +134,7 @@ class Problem:
         selected, _ = describe_parameters(self.model, include_frozen)
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         weights = weights or {}
-        tensors = {n: _cast(weights.get(n, t).detach(), dtype) for n, t in own.items()}
+        tensors = {n: _cast(weights.get(n, t).detach().to(t.dtype), dtype) for n, t in own.items()}
         half = [n for n in selected if tensors[n].dtype in (torch.float16, torch.bfloat16)]
         if half:
             raise ModelError(
@@ -137,12 +149,13 @@ class Problem:
     def batch_value(self, parameters: Mapping[str, Tensor], state: State, batch: Batch) -> Tensor:
         """l_b: the loss of one batch as the user's function gives it, with ``parameters`` in the model's place.
 
-        Runs on copies of the buffers, outside autocast; ``batch`` must have been through `cast` for ``state.dtype``.
+        Runs on copies of the buffers, outside autocast and with the caller's random state kept; ``batch`` must have
+        been through `cast` for ``state.dtype``.
         """
         buffers = {n: t.clone() for n, t in state.fixed.items()}
         swapped = {f"model.{n}": t for n, t in {**buffers, **parameters}.items()}
         device = next(iter(parameters.values())).device.type if parameters else "cpu"
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.enable_grad(), torch.autocast(device, enabled=False), _keep_random_state():
             value = functional_call(_Call(self.model, self._user_loss(state.dtype)), swapped, (batch,))
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -180,13 +193,13 @@ class Problem:
         state = self.state(dtype=torch.float64, include_frozen=True)
         try:
             parts = [self.take_rows(batch, 0, rows // 2), self.take_rows(batch, rows // 2, rows)]
-            with torch.no_grad():
-                whole, *halves = (float(self.batch_value(state.parameters, state, b)) for b in (batch, *parts))
+            copies = {n: p.clone() for n, p in state.parameters.items()}
+            whole, *halves = (float(self.batch_value(copies, state, b).detach()) for b in (batch, *parts))
             weights = [1.0, 1.0] if self.reduction == "sum" else [self.size(b) / self.size(batch) for b in parts]
         except Exception:  # a loss that cannot take half a batch is taken whole: nothing is lost but memory
             return False
         again = sum(w * v for w, v in zip(weights, halves, strict=True))
-        return abs(again - whole) <= 1e-9 * max(1.0, abs(whole))
+        return abs(again - whole) <= 1e-9 * max(abs(v) for v in (whole, *halves))
 
     def take_rows(self, batch: Batch, i: int, j: int) -> Batch:
         """Samples i..j of a batch: the user's ``split``, or the rows of its tensors."""
@@ -203,7 +216,7 @@ class Problem:
         Raises
         ------
         DataError
-            Where there is no batch, or fewer than the pass before gave.
+            Where there is no batch, or another number of them than in the pass before.
         """
         count = 0
         with _keep_random_state():
@@ -214,6 +227,14 @@ class Problem:
                     raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
                 yield batch
                 count += 1
+            else:
+                before = self.cache.setdefault("batches in a pass", count)
+                if count != before:
+                    raise DataError(
+                        f"one pass over the data gave {before} batches, the next one {count}",
+                        why="it is a one-shot iterable, or it samples at random",
+                        do="pass a list, a DataLoader or another re-iterable",
+                    )
         if count == 0:
             raise DataError("the data has no batches", do="check the path, the subset and drop_last of the loader")
 
@@ -234,7 +255,10 @@ class Problem:
         key = ("data fingerprint", max_batches)
         if key not in self.cache:
             digests = [batch_digest(b) for b in self.batches(max_batches)]
-            if batch_digest(next(iter(self.batches(1)))) != digests[0]:
+            with _keep_random_state():  # another seed, since a pass keeps the random state that it started from
+                _seed_everything(1)
+                again = batch_digest(next(iter(self.batches(1))))
+            if again != digests[0]:
                 raise DataError(
                     "a second pass over the data gives other batches",
                     why="the loader shuffles, or augments at random",
@@ -262,7 +286,7 @@ class Problem:
         loss = _cast_loss(self.loss, dtype)
 
         def of_pair(model: nn.Module, batch: Batch) -> Tensor:
-            x, y = batch
+            x, y = _pair(batch)
             return loss(model(x), y)
 
         return of_pair
@@ -285,22 +309,28 @@ class Problem:
             )
 
     def check_deterministic(self, state: State) -> float:
-        """The loss of the first batch, evaluated twice; `ModelError` where it differs or the model was changed."""
+        """The loss of the first batch, evaluated twice; `ModelError` where it differs, or changes the parameters."""
         batch = self.cast(self.first_batch(), state.dtype)
-        before = [(t, t._version) for t in (*self.model.parameters(), *self.model.buffers())]
+        copies = {n: p.clone() for n, p in state.parameters.items()}
         values = []
-        with torch.no_grad(), _keep_random_state():
+        with _keep_random_state():
             for seed in (0, 1):
-                torch.manual_seed(seed)
-                values.append(float(self.batch_value(state.parameters, state, batch)))
+                _seed_everything(seed)
+                values.append(float(self.batch_value(copies, state, batch).detach()))
+        if changed := [
+            n for n, p in state.parameters.items() if not torch.equal(p.nan_to_num(), copies[n].nan_to_num())
+        ]:
+            raise ModelError(
+                f"the model changes its own parameters when it is called: {listed(changed)}",
+                why="the loss is then not a function of them (Embedding(max_norm=), weight clipping in forward)",
+                do="leave such changes to the training loop",
+            )
         if values[0] != values[1] and not all(np.isnan(values)):
             raise ModelError(
                 f"the loss of one batch came out as {values[0]!r} and {values[1]!r}",
                 why="the model or the loss draws random numbers (dropout, sampling, noise)",
                 do="call model.eval() or remove the randomness",
             )
-        if any(t._version != v for t, v in before):
-            raise ModelError("the model changes its own parameters or buffers when it is called")
         return values[0]
 
     def _inferred_size(self) -> Callable[[Batch], float]:
@@ -313,7 +343,7 @@ class Problem:
         assert self.loss is not None
         known = losses.denominator(self.loss)
         if known is not None:
-            return known
+            return lambda batch: known(_pair(map_tensors(lambda t: t, batch)))
         self._size = count_rows
         if self.reduction == "sum" or self.splittable:
             self.notes.append("the loss was found to be a mean over rows" if self.reduction == "mean" else "")
@@ -346,7 +376,7 @@ def map_tensors(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, Tensor):
         return fn(batch)
     if isinstance(batch, np.ndarray):
-        return fn(torch.from_numpy(batch))
+        return batch if batch.dtype.kind in "OSUMmV" else fn(_from_numpy(batch))
     if isinstance(batch, Mapping):
         items = {k: map_tensors(fn, v) for k, v in batch.items()}
         try:
@@ -357,7 +387,28 @@ def map_tensors(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return type(batch)(*(map_tensors(fn, b) for b in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(fn, b) for b in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changed = {f.name: map_tensors(fn, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **changed)
     return batch
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """Shares memory where torch can: not with read-only, reversed or byte-swapped arrays."""
+    if not array.flags.writeable or min(array.strides, default=0) < 0 or not array.dtype.isnative:
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(array)
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    parts = f" of {len(batch)} parts" if isinstance(batch, (tuple, list)) else ""
+    keys = f" with the keys {listed(batch)}" if isinstance(batch, Mapping) else ""
+    raise DataError(
+        f"loss= takes batches (x, y), and a batch is a {type(batch).__name__}{parts}{keys}",
+        do="pass batch_loss=fn(model, batch) and batch_size=size(batch) instead",
+    )
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -379,29 +430,94 @@ def count_rows(batch: Batch) -> int:
 
 
 def batch_digest(batch: Batch) -> str:
-    """SHA-256 over dtype, shape and bytes of the batch's tensors."""
+    """SHA-256 over the structure of a batch, the dtype, shape and bytes of its tensors, and its other contents."""
     h = hashlib.sha256()
-    for t in tensors_of(batch):
-        h.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    _feed(h, batch, set())
     return h.hexdigest()
+
+
+def _feed(h: Any, batch: Batch, seen: set[int]) -> None:
+    if isinstance(batch, np.ndarray):
+        batch = map_tensors(lambda t: t, batch)
+        batch = batch.tolist() if isinstance(batch, np.ndarray) else batch
+    h.update(f"{type(batch).__name__};".encode())
+    if isinstance(batch, Tensor):
+        h.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
+        h.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(batch, (str, bytes, int, float, complex, np.generic, types.NoneType)):
+        h.update(f"{batch!r};".encode())
+    elif isinstance(batch, Mapping):
+        for k, v in batch.items():
+            h.update(f"{k!r}:".encode())
+            _feed(h, v, seen)
+    elif isinstance(batch, (tuple, list)):
+        h.update(f"{len(batch)};".encode())
+        for b in batch:
+            _feed(h, b, seen)
+    elif hasattr(batch, "__dict__") and id(batch) not in seen:  # a class of the user's
+        seen.add(id(batch))
+        _feed(h, vars(batch), seen)
 
 
 # ---- small things -----------------------------------------------------------------------------------------------
 
 
-def describe_callable(fn: Any) -> str:
-    """A name for a function, a partial or a module, for provenance and messages."""
+def describe_callable(fn: Any, depth: int = 3) -> str:
+    """A name for a function, a partial or a module, for provenance and keys.
+
+    Behind it stands a digest of what the name does not tell: code, defaults, closures and settings. ``depth`` bounds
+    how far functions within functions are followed.
+    """
     if isinstance(fn, functools.partial):
-        bound = ", ".join(f"{k}={v!r}" for k, v in fn.keywords.items())
-        return f"partial({describe_callable(fn.func)}, {bound})"
+        bound = [_told(v, depth) for v in fn.args] + [f"{k}={_told(v, depth)}" for k, v in fn.keywords.items()]
+        return f"partial({', '.join([describe_callable(fn.func, depth), *bound])})"
     if isinstance(fn, nn.Module):
-        return repr(fn)
+        settings = {f"{n}.{k}": _told(v, depth) for n, m in fn.named_modules() for k, v in _settings(m).items()}
+        return f"{fn!r}#{batch_digest([settings, dict(fn.state_dict())])[:8]}"
     name = f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', type(fn).__qualname__)}"
-    code = getattr(fn, "__code__", None)
-    if code is not None and "<" in name:  # a lambda or a local function: its name alone would not tell two apart
-        name += f"#{hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()[:8]}"
-    return name
+    code = getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", None)
+    if code is None or name.startswith("torch.") or depth == 0:
+        return name
+    told = [_code_text(code), [_told(v, depth - 1) for v in _bound(fn)]]
+    return f"{name}#{batch_digest(told)[:8]}"
+
+
+def _bound(fn: Any) -> list[Any]:
+    """What is bound to a function beside its code: defaults, closure, the object of a method or its attributes."""
+    cells = getattr(fn, "__closure__", None) or ()
+    held = [getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None), getattr(fn, "__self__", None)]
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held if hasattr(fn, "__code__") else [_settings(fn)]
+
+
+def _settings(owner: Any) -> dict[str, Any]:
+    return {k: v for k, v in sorted(getattr(owner, "__dict__", {}).items()) if k[0] != "_" and k != "training"}
+
+
+def _told(value: Any, depth: int) -> str:
+    """A value that is bound to a loss, in a form that is the same in every process."""
+    if isinstance(value, (str, bytes, int, float, complex, np.generic, types.NoneType, torch.dtype)):
+        return repr(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"tensor#{batch_digest(value)[:8]}"
+    if isinstance(value, (set, frozenset)):  # their order differs between processes
+        return f"{{{', '.join(sorted(_told(v, depth) for v in value))}}}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_told(v, depth) for v in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k!r}: {_told(v, depth)}' for k, v in value.items())}}}"
+    if isinstance(value, nn.Module):  # often the model itself, whose weights belong to the checkpoint
+        return repr(value)
+    if callable(value) and not isinstance(value, type):
+        return describe_callable(value, depth)
+    return type(value).__qualname__
+
+
+def _code_text(code: types.CodeType) -> str:
+    consts = [_code_text(c) if isinstance(c, types.CodeType) else _told(c, 0) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_freevars} {consts}"
 
 
 def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -440,10 +556,17 @@ def _mode_matters(m: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """torch's and numpy's random state as they were before; loaders draw a seed for each pass."""
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002 - the global one is what we keep
+    """The random state of torch, numpy and Python as it was before; loaders draw a seed for each pass."""
+    state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
     finally:
         torch.set_rng_state(state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
