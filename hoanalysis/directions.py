@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hoanalysis.checkpoints import Checkpoint, Run, fit, load_checkpoint
-from hoanalysis.errors import DirectionError, listed, nearest
+from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_checkpoint
+from hoanalysis.errors import DirectionError, LossError, listed, nearest
+from hoanalysis.partitions import describe_parameters
 from hoanalysis.problem import Problem, State
 
 NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
@@ -76,6 +77,8 @@ def resolve(
     ------
     DirectionError
         Where it does not fit the parameters, is zero or not finite, or lacks what it is made from.
+    LossError
+        Where the gradient is asked for and the loss depends on no selected parameter.
     """
     provenance: dict[str, Any] = {}
     if isinstance(recipe, str):
@@ -84,7 +87,12 @@ def resolve(
     elif isinstance(recipe, Mapping):
         name, tensors = "custom", dict(recipe)
     elif callable(recipe):
-        name, tensors = getattr(recipe, "__name__", "custom"), dict(recipe(checkpoint, run))
+        name, tensors = getattr(recipe, "__name__", "custom"), recipe(checkpoint, run)
+        if not isinstance(tensors, Mapping):
+            raise DirectionError(
+                f"the direction {name!r} gave a {type(tensors).__name__}, not a mapping of names to tensors",
+                do="return {name: tensor} for every parameter",
+            )
     else:
         raise DirectionError(
             f"a direction is a name, a mapping or a callable, not {type(recipe).__name__}", do=f"use {listed(NAMES)}"
@@ -108,10 +116,10 @@ def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress)
         }
     if recipe.startswith("to:"):
         other = _destination(recipe[3:], checkpoint, run)
-        fitted = fit(other, state.shapes(), set(state.fixed))
+        fitted = problem.fitted(other)
         return {n: fitted[n].to(p) - p for n, p in theta.items()}, {"to_sha256": other.sha256}
     if recipe in ("momentum", "adam"):
-        return _from_optimizer(recipe, checkpoint, theta), {}
+        return _from_optimizer(recipe, checkpoint, problem, theta), {}
     raise DirectionError(f"there is no direction named {recipe!r}", do=nearest(recipe, [*NAMES, "to:<file>"]))
 
 
@@ -129,13 +137,17 @@ def gradient(
         w = problem.size(raw)
         loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
         if not loss.requires_grad:
-            break  # the engines say what is wrong with such a loss
+            raise LossError(
+                "the loss does not depend on any selected parameter",
+                why="it was computed under no_grad, detached, or by another copy of the model",
+                do="let the loss use the model that it is given, and keep it attached",
+            )
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for n, g in zip(leaves, grads, strict=True):
             if g is not None:
                 total[n] += g.double() * (1.0 if problem.reduction == "sum" else w)
         weight += w
-    scale = 1.0 if problem.reduction == "sum" or not weight else 1 / weight
+    scale = 1.0 if problem.reduction == "sum" else 1 / weight
     return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
 
 
@@ -158,16 +170,22 @@ def _destination(which: str, checkpoint: Checkpoint | None, run: Run | None) -> 
         )
     if which == "init":
         return run[0]
-    position = [str(p) for p in run.paths].index(str(checkpoint.path))
+    if checkpoint.path not in run.paths:
+        raise DirectionError("the checkpoint is not one of the run", where=str(checkpoint.path), why=f"it is {run}")
+    position = run.paths.index(checkpoint.path)
     if position + 1 == len(run):
         raise DirectionError(
-            "the last checkpoint of a run has no next one", where=str(checkpoint.path), do="leave it out: run[:-1]"
+            "the last checkpoint of a run has no next one",
+            where=str(checkpoint.path),
+            do="use 'to:<file>' or another direction for it",
         )
     return run[position + 1]
 
 
-def _from_optimizer(kind: str, checkpoint: Checkpoint | None, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    have = {} if checkpoint is None else checkpoint.optimizer_state or {}
+def _from_optimizer(
+    kind: str, checkpoint: Checkpoint | None, problem: Problem, theta: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    have = {} if checkpoint is None else _optimizer_state(checkpoint, problem)
     need = ("momentum_buffer",) if kind == "momentum" else ("exp_avg", "exp_avg_sq")
     missing = [k for k in need if k not in have]
     if missing:
@@ -190,6 +208,14 @@ def _from_optimizer(kind: str, checkpoint: Checkpoint | None, theta: Mapping[str
             m, v = m / (1 - 0.9**t), v / (1 - 0.999**t)
         out[n] = (m / (v.sqrt() + 1e-8)).to(p)
     return out
+
+
+def _optimizer_state(checkpoint: Checkpoint, problem: Problem) -> dict[str, dict[str, Tensor]]:
+    """State name -> parameter name -> tensor, tied parameters under the model's first name for them."""
+    known, _ = describe_parameters(problem.model, include_frozen=True)
+    first = {other: n for n, info in known.items() for other in (n, *info.aliases)}
+    held = fit_optimizer_state(checkpoint, {other: known[n].shape for other, n in first.items()})
+    return {k: {first[n]: t for n, t in tensors.items()} for k, tensors in held.items()}
 
 
 def _checked(tensors: Mapping[str, Any], state: State, name: str) -> dict[str, Tensor]:

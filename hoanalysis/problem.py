@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hoanalysis import losses
+from hoanalysis.checkpoints import Checkpoint, fit
 from hoanalysis.errors import ArgumentError, DataError, LossError, ModelError, listed
 from hoanalysis.partitions import describe_parameters
 
@@ -143,6 +144,20 @@ class Problem:
                 do="pass dtype='float32' (or 'float64'): parameters, buffers, direction and inputs are cast",
             )
         return State({n: tensors[n] for n in selected}, {n: t for n, t in tensors.items() if n not in selected}, dtype)
+
+    def fitted(self, checkpoint: Checkpoint | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint under the model's names, tied ones once.
+
+        Raises
+        ------
+        CheckpointError
+            Where it does not fit the model.
+        """
+        known, _ = describe_parameters(self.model, include_frozen=True)
+        aliases = {n: info.aliases for n, info in known.items() if info.aliases}
+        named = {*known, *(a for others in aliases.values() for a in others)}
+        buffers = {n: tuple(t.shape) for n, t in self.model.state_dict().items() if n not in named}
+        return fit(checkpoint, {n: info.shape for n, info in known.items()}, buffers, aliases=aliases)
 
     # ---- the loss -----------------------------------------------------------------------------------------------
 
