@@ -17,6 +17,7 @@ from hoanalysis.analysis import regularizer as _regularizer
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
+from hoanalysis.analysis.findings import findings
 from hoanalysis.analysis.groups import null_groups
 from hoanalysis.analysis.regularized import Regularization
 
@@ -77,6 +78,10 @@ class HoAccessor:
     def null_groups(self) -> xr.DataArray:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
         return null_groups(self._ds)
+
+    def findings(self, log: pd.DataFrame | None = None) -> list[str]:
+        """What the summaries say about the run, in sentences; see `analysis.findings.findings`."""
+        return findings(self._ds, log)
 
     @property
     def plot(self) -> "PlotAccessor":

@@ -1,0 +1,86 @@
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hoanalysis.analysis.example import example
+from hoanalysis.analysis.findings import findings, pm
+from hoanalysis.analysis.interactions import interactions, shares
+from hoanalysis.analysis.merge import merge
+from hoanalysis.analysis.steps import learning_rates
+
+from .test_steps import with_null_group
+
+
+def told(ds, log=None, word=""):
+    return next(s for s in findings(ds, log) if word in s)
+
+
+def test_the_numbers_are_those_of_the_verbs():
+    ds = example(steps=3)
+    text = "\n".join(findings(ds))
+    assert (
+        f"from {pm(ds.loss.values[0], ds.loss_se.values[0])} to {pm(ds.loss.values[2], ds.loss_se.values[2])}" in text
+    )
+    pair = interactions(merge(ds, "layer").sel(step=20)).iloc[0]
+    assert f"'{pair.group}' and '{pair.group2}' interact most" in text
+    assert pm(pair.scale_free, pair.scale_free_se) in text
+    found = shares(ds)
+    assert (
+        f"{pm(found.off_block.values[2], found.off_block_se.values[2], True)} between different layers at step 20"
+        in text
+    )
+    rates = learning_rates(ds).isel(step=2)
+    low = int(rates.learning_rates.values.argmin())
+    assert pm(rates.learning_rates.values[low], rates.learning_rates_se.values[low]) in text
+
+
+def test_rates_beside_the_used_one_are_counted_with_their_errors():
+    ds = example(steps=2)
+    rates = learning_rates(ds).isel(step=1)
+    log = pd.DataFrame({"step": [0, 5, 10], "learning_rate": [9.0, 9.0, 0.5]})
+    above = int((rates.learning_rates - 2 * rates.learning_rates_se > 0.5).sum())
+    below = int((rates.learning_rates + 2 * rates.learning_rates_se < 0.5).sum())
+    assert f"The run used 0.5: {above} groups ask for more and {below} for less" in "\n".join(findings(ds, log))
+
+
+def test_null_groups_zero_r_and_negative_curvature_are_named():
+    ds = with_null_group()
+    assert "'layer0.bias'" in told(ds, word="no effect")
+    ds = example(order=2)
+    ds.D3_diag[1] = 0.0
+    assert "'layer0.bias'" in told(ds, word="exactly 0")
+    ds.D2[0, 0] = -3.0
+    assert re.search(r"1 of 4 eigenvalues .* negative, the lowest", "\n".join(findings(ds)))
+    ds.D2_se[3, 3] = 100.0
+    assert "'layer1.bias'" in told(ds, word="within 2 standard errors of 0")
+
+
+def test_missing_checkpoints_are_counted():
+    ds = example(steps=3)
+    for name in ("loss", "D1", "D2"):
+        ds[name][1] = np.nan
+    assert "1 of 3 checkpoints are not computed: steps '10'" in findings(ds)[0]
+    for name in ("loss", "D1", "D2"):
+        ds[name][:] = np.nan
+    assert findings(ds) == ["None of 3 checkpoints is computed yet."]
+
+
+def test_quality_is_said():
+    ds = example(steps=2).assign_attrs(coverage=0.5)
+    value = np.median((ds.D2_se / np.abs(ds.D2)).values)
+    text = findings(ds)[-1]
+    assert f"of D2 is {value:.1%}" in text
+    assert "1.0e-15" in text
+    assert "coverage is 50%" in text
+
+
+@pytest.mark.parametrize("drop", [["D2_batch"], ["D1_se", "D2_se", "loss_se"], ["D2", "D2_se"], ["D3", "D3_se"]])
+def test_what_is_not_held_is_not_told(drop):
+    assert findings(example(steps=2).drop_vars(drop))
+    assert findings(example().drop_vars(drop))
+
+
+def test_one_group():
+    assert findings(merge(example(steps=2), 1))

@@ -1,0 +1,78 @@
+"""The accessor is thin: each verb is the analysis function, each plot the plot; torch stays out."""
+
+import subprocess
+import sys
+
+import pytest
+import xarray as xr
+
+import hoanalysis  # noqa: F401, registers ds.ho
+from hoanalysis import plots
+from hoanalysis.analysis.example import example
+from hoanalysis.analysis.findings import findings
+from hoanalysis.analysis.interactions import interactions
+from hoanalysis.analysis.inverse import blocks, inverse
+from hoanalysis.analysis.merge import merge
+from hoanalysis.analysis.regularizer import regularizer
+from hoanalysis.analysis.spectra import spectrum
+from hoanalysis.analysis.steps import learning_rates
+from hoanalysis.analysis.taylor import taylor
+
+
+def test_verbs_are_the_analysis_functions():
+    ds = example(steps=2)
+    xr.testing.assert_identical(ds.ho.regularizer(), regularizer(ds))
+    xr.testing.assert_identical(ds.ho.learning_rates("ridge", 0.5), learning_rates(ds, "ridge", 0.5))
+    xr.testing.assert_identical(ds.ho.inverse("r", 2.0), inverse(ds, "r", 2.0))
+    xr.testing.assert_identical(ds.ho.blocks("inverse")["WB"], blocks(ds, "inverse")["WB"])
+    xr.testing.assert_identical(ds.ho.merge("layer"), merge(ds, "layer"))
+    xr.testing.assert_identical(ds.ho.taylor(0.1, 2), taylor(ds, 0.1, 2))
+    xr.testing.assert_identical(ds.ho.spectrum(), spectrum(ds))
+    assert ds.ho.interactions(3).equals(interactions(ds, 3))
+    assert ds.ho.findings() == findings(ds)
+
+
+def test_every_result_says_what_it_is_and_in_which_units():
+    ds = example(steps=2)
+    arrays = [ds.ho.regularizer(), ds.ho.inverse(), ds.ho.scale_free(), ds.ho.taylor(0.1), ds.ho.taylor_terms(0.1)]
+    arrays += [ds.ho.spectrum(), ds.ho.null_groups(), *ds.ho.blocks().values()]
+    arrays += [*ds.ho.learning_rates().data_vars.values(), *ds.ho.shares().data_vars.values()]
+    for array in arrays:
+        assert array.attrs["long_name"], array.name
+        assert "units" in array.attrs, array.name
+        assert array.dims[0] == "step" or array.dims[0] == "order"
+
+
+def test_results_can_be_stored(tmp_path):
+    ds = example(steps=2)
+    found = [ds.ho.learning_rates(), ds.ho.merge("layer"), ds.ho.shares(), ds.ho.regularizer().to_dataset()]
+    for i, one in enumerate(found):
+        one.to_netcdf(tmp_path / f"{i}.nc", engine="h5netcdf")
+        with xr.open_dataset(tmp_path / f"{i}.nc", engine="h5netcdf") as again:
+            xr.testing.assert_allclose(again.load(), one)
+
+
+def test_plots_are_found_by_name():
+    ds = example()
+    assert set(plots.__all__) <= set(dir(ds.ho.plot))
+    assert ds.ho.plot.matrix("inverse").get_title().startswith("Inverse")
+    with pytest.raises(AttributeError, match="did you mean 'matrix'"):
+        ds.ho.plot.matrx  # noqa: B018
+
+
+SCRIPT = """
+import sys
+sys.modules["torch"] = None  # importing torch raises
+import hoanalysis
+from hoanalysis.analysis.example import example
+ds = example(steps=2)
+ds.ho.learning_rates("cubic"), ds.ho.merge("layer"), ds.ho.findings()
+for name in dir(ds.ho.plot):
+    if not name.startswith("_"):
+        getattr(ds.ho.plot, name)()
+"""
+
+
+def test_everything_works_where_importing_torch_raises():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
