@@ -49,6 +49,7 @@ class Node:
     sources: dict[Key, int] = field(default_factory=dict)  # the live ones
     curved: bool = False
     needs_adjoint: bool = False
+    feeds_curved: bool = False  # something curved lies below
 
     @property
     def name(self) -> str:
@@ -86,6 +87,9 @@ class Graph:
             assert n.rule is not None
             n.curved = n.rule.is_curved(frozenset(n.sources))
             n.needs_adjoint = n.curved or any(self.nodes[i].needs_adjoint for i in n.sources.values())
+        for n in reversed(self.nodes):
+            for i in n.sources.values():
+                self.nodes[i].feeds_curved |= n.curved or n.feeds_curved
 
     def _reachable(self) -> set[int]:
         """Nodes that the output depends on. In-place ops on constants count: they act by side effect."""
@@ -104,8 +108,12 @@ class Graph:
 
     def used_parameters(self) -> set[str]:
         """Parameters from which the output can be reached through live nodes."""
-        return {str(self.nodes[i].parameter) for n in self.live_nodes() for i in n.sources.values()
-                if self.nodes[i].parameter is not None}
+        return {
+            str(self.nodes[i].parameter)
+            for n in self.live_nodes()
+            for i in n.sources.values()
+            if self.nodes[i].parameter is not None
+        }
 
     def description(self) -> dict[str, dict[str, int]]:
         """How many live nodes each op has under each kind of rule: ``{"product": {"aten.linear.default": 3}, ..}``."""

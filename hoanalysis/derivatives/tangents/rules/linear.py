@@ -249,9 +249,21 @@ class Negate(Scale):
     factor = -1
 
 
-@rule(aten.relu.default, aten.relu6.default, aten.leaky_relu.default, aten.clamp.default, aten.clamp_min.default,
-      aten.clamp_max.default, aten.hardtanh.default, aten.abs.default, aten.hardsigmoid.default, aten.threshold.default,
-      aten.clamp.Tensor, aten.hardshrink.default, aten.softshrink.default)
+@rule(
+    aten.relu.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.hardtanh.default,
+    aten.abs.default,
+    aten.hardsigmoid.default,
+    aten.threshold.default,
+    aten.clamp.Tensor,
+    aten.hardshrink.default,
+    aten.softshrink.default,
+)
 class PiecewiseLinear(Scale):
     """Elementwise and piecewise linear: the slope at x is held fixed. It is torch's own, also at the kinks."""
 

@@ -177,7 +177,9 @@ class Multiply(Product):
         if op is aten.div.Scalar:
             args = (args[0], 1 / args[1])
         like = next(a for a in args if isinstance(a, Tensor))
-        args = tuple(a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=like.dtype, device=like.device) for a in args)
+        args = tuple(
+            a if isinstance(a, Tensor) else torch.as_tensor(a, dtype=like.dtype, device=like.device) for a in args
+        )
         super().__init__(torch.mul, args, {}, keys, order)
 
     def _times(self, x: Tensor, y: Tensor, stacked_x: bool, stacked_y: bool) -> Tensor:

@@ -1,0 +1,249 @@
+"""Capture: from ``problem.batch_value`` to a graph whose live nodes all have a rule.
+
+`make_fx` traces the call with the batch's real tensors before autograd decomposes it, so that ``no_grad`` and ``detach``
+are seen, and fused ops (linear, layer_norm, attention) arrive whole. Each op is then kept, where it has a rule or is not
+live; taken apart by `decompositions`; taken apart by torch, where it is a composite; or given the generic local rule.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from hoanalysis.derivatives.tangents.decompositions import DECOMPOSITIONS
+from hoanalysis.derivatives.tangents.graph import (
+    Graph,
+    Node,
+    Ref,
+    TangentsUnsupported,
+    flatten_inputs,
+    is_float,
+    substitute,
+)
+from hoanalysis.derivatives.tangents.rules import rule, rule_for
+from hoanalysis.derivatives.tangents.rules.generic import Generic
+
+aten = torch.ops.aten
+
+#: Ops whose derivative is zero almost everywhere, or that cut the graph on purpose.
+STOPS = {
+    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "sign", "sgn", "floor", "ceil", "round", "trunc", "one_hot", "bucketize", "heaviside",
+}  # fmt: skip
+
+
+class Builder:
+    """Lowers traced graphs into one list of nodes, evaluating as it goes so that shapes and views are known."""
+
+    def __init__(self, inputs: list[Tensor], parameters: list[str]) -> None:
+        self.nodes: list[Node] = []
+        self.values: list[Any] = []
+        self.constants: dict[int, Any] = {}
+        self.grad = True
+        self.data_dependent: list[str] = []
+        self._root: list[int] = []  # the node that owns the storage
+        self._static: list[bool] = []  # depends on no input: evaluated once
+        for i, value in enumerate(inputs):
+            name = parameters[i] if i < len(parameters) else None
+            self._append(Node(i, None, live=name is not None, parameter=name), value.detach(), static=False)
+        self.n_inputs = len(inputs)
+
+    # ---- what decompositions use --------------------------------------------------------------------------------
+
+    def __call__(self, op: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Emit one op on references and plain arguments; a reference, or a tuple of them, comes back."""
+        name = op._schema.name if isinstance(op, torch._ops.OpOverload) else op.__name__
+        if isinstance(op, torch._ops.OpOverload) and _written(op):
+            return self._in_place(op, args, kwargs)
+        inputs = flatten_inputs(args, kwargs)
+        live = self.grad and any(self.nodes[i].live for i in inputs.values())
+        if not live or name.removeprefix("aten::") in STOPS:
+            return self._emit(op, args, kwargs, inputs, live=False)
+        if op in DECOMPOSITIONS or rule_for(op) is None:
+            taken_apart = self._decompose(op, args, kwargs)
+            if taken_apart is not None:
+                return taken_apart
+        return self._emit(op, args, kwargs, inputs, live=True)
+
+    def value(self, x: Any) -> Any:
+        """The example value behind a reference."""
+        return self.values[x.index] if isinstance(x, Ref) else x
+
+    def is_live(self, x: Any) -> bool:
+        return isinstance(x, Ref) and self.nodes[x.index].live
+
+    def constant(self, value: Any) -> Ref:
+        ref = self._append(Node(len(self.nodes), None), value, static=True)
+        self.constants[ref.index] = value
+        return ref
+
+    # ---- lowering -----------------------------------------------------------------------------------------------
+
+    def lower(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
+        """Inline a traced graph; returns the operands of its output."""
+        env: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+
+        def operands(x: Any) -> Any:
+            return fx.node.map_arg(x, lambda n: env[n])
+
+        for n in module.graph.nodes:
+            if n.op == "placeholder":
+                env[n] = next(given)
+            elif n.op == "get_attr":
+                value = operator.attrgetter(n.target)(module)
+                env[n] = self.constant(value.detach() if isinstance(value, Tensor) else value)
+            elif n.op == "output":
+                return operands(n.args[0])
+            elif n.target is torch._C._set_grad_enabled:
+                self.grad = bool(n.args[0])
+            elif getattr(n.target, "__name__", "") == "_enter_autocast":
+                if n.args[2]:
+                    raise TangentsUnsupported("the model switches autocast on")
+                env[n] = None
+            elif getattr(n.target, "__name__", "") == "_exit_autocast":
+                continue
+            elif n.target is operator.getitem:
+                whole, i = operands(n.args[0]), n.args[1]
+                env[n] = whole[i] if isinstance(whole, (tuple, list)) else self(operator.getitem, whole, i)
+            elif not isinstance(n.target, torch._ops.OpOverload):
+                raise TangentsUnsupported(f"the traced call contains {n.target}, which is not an op")
+            else:
+                env[n] = self(n.target, *operands(tuple(n.args)), **operands(dict(n.kwargs)))
+                if _written(n.target):
+                    old = env[n.args[0]]
+                    env.update({m: env[n] for m, v in env.items() if v == old and isinstance(v, Ref)})
+        raise TangentsUnsupported("the traced call has no output")
+
+    def _emit(self, op: Callable, args: tuple, kwargs: dict, inputs: dict, live: bool) -> Ref:
+        static = not any(not self._static[i] for i in inputs.values()) and not _random(op)
+        if _random(op):
+            raise TangentsUnsupported(f"the loss draws random numbers: {op}")
+        with torch.no_grad():
+            value = op(*substitute(args, self.values), **substitute(kwargs, self.values))
+        if live and not is_float(value):
+            if isinstance(value, (tuple, list)) and any(is_float(v) for v in value):
+                raise TangentsUnsupported(f"{op} gives several outputs and has no rule")
+            live = False
+        if isinstance(op, torch._ops.OpOverload) and (
+            torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+        ):
+            self.data_dependent.append(str(op))
+        if live and rule_for(op) is None:
+            if not isinstance(op, torch._ops.OpOverload):
+                raise TangentsUnsupported(f"{op} has no rule")
+            rule(op)(Generic)
+        node = Node(len(self.nodes), op, args, kwargs, live, inputs=inputs)
+        ref = self._append(node, value, static)
+        if isinstance(op, torch._ops.OpOverload) and _is_view(op):
+            self._root[ref.index] = self._root[next(iter(inputs.values()))]
+        if static and not live:
+            self.constants[ref.index] = value
+            node.op = None
+        return ref
+
+    def _append(self, node: Node, value: Any, static: bool) -> Ref:
+        if isinstance(value, Tensor):
+            node.shape, node.dtype = tuple(value.shape), value.dtype
+        self.nodes.append(node)
+        self.values.append(value)
+        self._root.append(node.index)
+        self._static.append(static)
+        return Ref(node.index)
+
+    def _in_place(self, op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+        """An op that writes its first argument, as the functional one; refused where a view would have to see it."""
+        target = args[0]
+        packet = op._schema.name.removeprefix("aten::")
+        if not isinstance(target, Ref) or "out" in kwargs or not packet.endswith("_"):
+            raise TangentsUnsupported(f"{op} writes to an argument")
+        root = self._root[target.index]
+        if sum(r == root for r in self._root) > 1:
+            raise TangentsUnsupported(f"{op} writes to a tensor that has views")
+        if packet == "copy_":
+            source = self(aten._to_copy.default, args[1], dtype=self.value(target).dtype)
+            return self(aten.expand.default, source, list(self.value(target).shape))
+        if packet in ("zero_", "fill_"):
+            fill = 0 if packet == "zero_" else args[1]
+            return self(aten.full_like.default, target, self.value(fill))
+        functional = getattr(getattr(aten, packet[:-1], None), op._overloadname, None)
+        if functional is None:
+            raise TangentsUnsupported(f"{op} has no functional form")
+        return self(functional, *args, **kwargs)
+
+    def _decompose(self, op: Callable, args: tuple, kwargs: dict) -> Any:
+        """The op taken apart by our table or by torch; None where neither can."""
+        if op in DECOMPOSITIONS:
+            return DECOMPOSITIONS[op](self, *args, **kwargs)
+        if not isinstance(op, torch._ops.OpOverload) or not _composite(op):
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        refs = [x for x in leaves if isinstance(x, Ref)]
+
+        def call(*tensors: Tensor) -> Any:
+            given = iter(tensors)
+            a, k = pytree.tree_unflatten([next(given) if isinstance(x, Ref) else x for x in leaves], spec)
+            return op(*a, **k)
+
+        with torch.no_grad():
+            module = make_fx(call, tracing_mode="real")(*(self.values[r.index] for r in refs))
+        if any(n.target is op for n in module.graph.nodes):
+            return None
+        return self.lower(module, refs)
+
+    def finish(self, output: Ref) -> Graph:
+        graph = Graph(self.nodes, self.n_inputs, self.constants, output.index)
+        graph.finish()
+        return graph
+
+
+def trace(fn: Callable[..., Tensor], parameters: dict[str, Tensor], others: list[Tensor]) -> tuple[Graph, list[str]]:
+    """The graph of ``fn(parameters, others)`` and the names of data-dependent ops in it.
+
+    Raises
+    ------
+    TangentsUnsupported
+        Where the call cannot be traced: it branches on values, hides an op, or writes into views.
+    """
+    names = list(parameters)
+    tensors = [*parameters.values(), *others]
+
+    def flat(*given: Tensor) -> Tensor:
+        return fn(dict(zip(names, given, strict=False)), list(given[len(names) :]))
+
+    leaves = [t.detach().requires_grad_() if i < len(names) else t.detach() for i, t in enumerate(tensors)]
+    try:
+        module = make_fx(flat, tracing_mode="real", pre_dispatch=True)(*leaves)
+    except Exception as error:
+        raise TangentsUnsupported(f"the call cannot be traced: {_first_line(error)}") from error
+    builder = Builder(tensors, names)
+    output = builder.lower(module, [Ref(i) for i in range(len(tensors))])
+    if not isinstance(output, Ref):
+        raise TangentsUnsupported("the traced call returns no tensor")
+    return builder.finish(output), builder.data_dependent
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def _written(op: torch._ops.OpOverload) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
+
+
+def _is_view(op: torch._ops.OpOverload) -> bool:
+    return any(r.alias_info is not None for r in op._schema.returns) or op._schema.name == "aten::reshape"
+
+
+def _random(op: Callable) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+
+
+def _composite(op: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")

@@ -1,0 +1,387 @@
+"""Ops taken apart by hand: norms and attention, for which torch's own higher derivatives are wrong or missing, losses,
+and what has several outputs. Each function receives the builder ``b`` and emits simpler ops, exact at every order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hoanalysis.derivatives.tangents.rules.normalize import normalize
+
+aten = torch.ops.aten
+DECOMPOSITIONS: dict[Callable, Callable] = {}
+MEAN, SUM = 1, 2  # at::Reduction
+
+
+def decomposition(*ops: Callable) -> Callable[[Callable], Callable]:
+    """Register a function ``f(b, *args, **kwargs)`` that emits ``op(*args, **kwargs)`` in simpler ops."""
+
+    def register(f: Callable) -> Callable:
+        for op in ops:
+            DECOMPOSITIONS[op] = f
+        return f
+
+    return register
+
+
+def _shape(b: Any, x: Any) -> list[int]:
+    return list(b.value(x).shape)
+
+
+def _affine(b: Any, y: Any, weight: Any, bias: Any, shape: Sequence[int] | None = None) -> Any:
+    for op, c in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if c is not None:
+            y = b(op, y, c if shape is None else b(aten.view.default, c, list(shape)))
+    return y
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+@decomposition(aten.layer_norm.default)
+def layer_norm(
+    b: Any, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    return _affine(b, b(normalize, x, len(shape), eps, True), weight, bias)
+
+
+@decomposition(aten.native_layer_norm.default)
+def native_layer_norm(b: Any, x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+    return layer_norm(b, x, shape, weight, bias, eps), None, None
+
+
+@decomposition(aten.rms_norm.default)
+def rms_norm(b: Any, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    eps = torch.finfo(b.value(x).dtype).eps if eps is None else eps
+    return _affine(b, b(normalize, x, len(shape), eps, False), weight, None)
+
+
+@decomposition(aten.group_norm.default)
+def group_norm(b: Any, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+    shape = _shape(b, x)
+    parts = b(aten.reshape.default, x, [shape[0], groups, -1])
+    y = b(aten.reshape.default, b(normalize, parts, 1, eps, True), shape)
+    return _affine(b, y, weight, bias, [-1] + [1] * (len(shape) - 2))
+
+
+@decomposition(aten.instance_norm.default)
+def instance_norm(
+    b: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum: float, eps: float, *_: Any
+) -> Any:
+    if not use_input:
+        return batch_norm(b, x, weight, bias, mean, var, False, momentum, eps)
+    return group_norm(b, x, _shape(b, x)[1], weight, bias, eps)
+
+
+@decomposition(aten.batch_norm.default)
+def batch_norm(
+    b: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any
+) -> Any:
+    shape = _shape(b, x)
+    channels = [-1] + [1] * (len(shape) - 2)
+    if training:  # the running statistics are updated on the problem's copies, and the loss does not see them
+        swap = [1, 0, *range(2, len(shape))]
+        rows = b(aten.permute.default, x, swap)
+        y = b(normalize, rows, len(shape) - 1, eps, True)
+        return _affine(b, b(aten.permute.default, y, swap), weight, bias, channels)
+    scale = b(aten.rsqrt.default, b(aten.add.Scalar, var, eps))
+    y = b(aten.sub.Tensor, x, b(aten.view.default, mean, channels))
+    y = b(aten.mul.Tensor, y, b(aten.view.default, scale, channels))
+    return _affine(b, y, weight, bias, channels)
+
+
+@decomposition(aten._weight_norm.default)
+def weight_norm(b: Any, v: Any, g: Any, axis: int = 0) -> Any:
+    n = len(_shape(b, v))
+    axes = [i for i in range(n) if axis == -1 or i != axis % n]
+    norm = b(aten.sqrt.default, b(aten.sum.dim_IntList, b(aten.square.default, v), axes, True))
+    return b(aten.mul.Tensor, v, b(aten.mul.Tensor, g, b(aten.reciprocal.default, norm)))
+
+
+@decomposition(aten.linalg_vector_norm.default)
+def vector_norm(b: Any, x: Any, ord: float = 2, axes: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    axes = list(range(len(_shape(b, x)))) if axes is None else axes
+    if ord == 1:
+        return b(aten.sum.dim_IntList, b(aten.abs.default, x), axes, keepdim)
+    if ord != 2:
+        return None
+    return b(aten.sqrt.default, b(aten.sum.dim_IntList, b(aten.square.default, x), axes, keepdim))
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@decomposition(aten.scaled_dot_product_attention.default)
+def attention(
+    b: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if dropout > 0:
+        from hoanalysis.derivatives.tangents.graph import TangentsUnsupported
+
+        raise TangentsUnsupported("attention with active dropout")
+    if enable_gqa:
+        repeats = _shape(b, q)[-3] // _shape(b, k)[-3]
+        k, v = (b(aten.repeat_interleave.self_int, x, repeats, -3) for x in (k, v))
+    scale = 1 / math.sqrt(_shape(b, q)[-1]) if scale is None else scale
+    q = b(aten.mul.Scalar, q, scale)
+    scores = b(aten.matmul.default, q, b(aten.transpose.int, k, -2, -1))
+    like = b.value(scores)
+    if causal:
+        n, m = like.shape[-2:]
+        allowed = torch.ones(n, m, dtype=torch.bool, device=like.device).tril()
+        bias = torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill(~allowed, -math.inf)
+        scores = b(aten.add.Tensor, scores, b.constant(bias))
+    elif mask is not None and b.value(mask).dtype == torch.bool:
+        zeros = b.constant(torch.zeros((), dtype=like.dtype, device=like.device))
+        minus = b.constant(torch.full((), -math.inf, dtype=like.dtype, device=like.device))
+        scores = b(aten.add.Tensor, scores, b(aten.where.self, mask, zeros, minus))
+    elif mask is not None:
+        scores = b(aten.add.Tensor, scores, mask)
+    return b(aten.matmul.default, b(aten.softmax.int, scores, -1), v)
+
+
+@decomposition(aten.repeat_interleave.self_int)
+def repeat_interleave(b: Any, x: Any, repeats: int, axis: int | None = None, **_: Any) -> Any:
+    n = len(_shape(b, x))
+    if axis is None:
+        x, axis, n = b(aten.reshape.default, x, [-1]), 0, 1
+    axis %= n
+    shape = _shape(b, x)
+    x = b(aten.unsqueeze.default, x, axis + 1)
+    x = b(aten.expand.default, x, [*shape[: axis + 1], repeats, *shape[axis + 1 :]])
+    return b(aten.reshape.default, x, [*shape[:axis], shape[axis] * repeats, *shape[axis + 1 :]])
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def _reduce(b: Any, x: Any, reduction: int) -> Any:
+    return b(aten.mean.default, x) if reduction == MEAN else b(aten.sum.default, x) if reduction == SUM else x
+
+
+@decomposition(aten.cross_entropy_loss.default)
+def cross_entropy(
+    b: Any, x: Any, target: Any, weight: Any = None, reduction: int = MEAN, ignore: int = -100, smoothing: float = 0.0
+) -> Any:
+    shape = _shape(b, x)
+    axis = 0 if len(shape) == 1 else 1
+    classes = shape[axis]
+    logp = b(aten.log_softmax.int, x, axis)
+    along = [classes if i == axis else 1 for i in range(len(shape))]
+    spread = None if weight is None else b(aten.view.default, weight, along)
+    if b.value(target).is_floating_point():  # probabilities: divided by the number of targets, whatever the weights
+        p = target
+        if smoothing:
+            p = b(aten.add.Scalar, b(aten.mul.Scalar, target, 1 - smoothing), smoothing / classes)
+        if spread is not None:
+            p = b(aten.mul.Tensor, p, spread)
+        each = b(aten.neg.default, b(aten.sum.dim_IntList, b(aten.mul.Tensor, logp, p), [axis]))
+        return _reduce(b, each, reduction)
+    nll = b(aten.nll_loss_nd.default, logp, target, weight, reduction, ignore)
+    if not smoothing:
+        return nll
+    kept = b(aten.unsqueeze.default, b(aten.ne.Scalar, target, ignore), axis)
+    even = logp if spread is None else b(aten.mul.Tensor, logp, spread)
+    even = b(aten.mul.Tensor, even, b(aten._to_copy.default, kept, dtype=b.value(x).dtype))
+    even = b(aten.neg.default, b(aten.sum.dim_IntList, even, [axis]))
+    if reduction:
+        even = b(aten.sum.default, even)
+    if reduction == MEAN:  # the sum of the targets' weights: what nll_loss divides by, too
+        ones = b(aten.full_like.default, x, -1.0)
+        even = _divide(b, even, b(aten.nll_loss_nd.default, ones, target, weight, SUM, ignore))
+    terms = (b(aten.mul.Scalar, nll, 1 - smoothing), b(aten.mul.Scalar, even, smoothing / classes))
+    return b(aten.add.Tensor, *terms)
+
+
+@decomposition(aten.mse_loss.default)
+def mse_loss(b: Any, x: Any, y: Any, reduction: int = MEAN) -> Any:
+    return _reduce(b, b(aten.square.default, b(aten.sub.Tensor, x, y)), reduction)
+
+
+@decomposition(aten.l1_loss.default)
+def l1_loss(b: Any, x: Any, y: Any, reduction: int = MEAN) -> Any:
+    return _reduce(b, b(aten.abs.default, b(aten.sub.Tensor, x, y)), reduction)
+
+
+@decomposition(aten.huber_loss.default)
+def huber_loss(b: Any, x: Any, y: Any, reduction: int = MEAN, delta: float = 1.0) -> Any:
+    """d^2/2 where |d| <= delta, delta (|d| - delta/2) elsewhere."""
+    d = b(aten.sub.Tensor, x, y)
+    size = b(aten.abs.default, d)
+    square = b(aten.mul.Scalar, b(aten.square.default, d), 0.5)
+    line = b(aten.mul.Scalar, b(aten.sub.Scalar, size, delta / 2), delta)
+    return _reduce(b, b(aten.where.self, b(aten.le.Scalar, size, delta), square, line), reduction)
+
+
+@decomposition(aten.smooth_l1_loss.default)
+def smooth_l1_loss(b: Any, x: Any, y: Any, reduction: int = MEAN, beta: float = 1.0) -> Any:
+    if beta == 0:
+        return l1_loss(b, x, y, reduction)
+    return b(aten.mul.Scalar, huber_loss(b, x, y, reduction, beta), 1 / beta)
+
+
+@decomposition(aten.binary_cross_entropy_with_logits.default)
+def bce_with_logits(b: Any, x: Any, y: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN) -> Any:
+    """(1 - y) x - (1 + (pos_weight - 1) y) log sigmoid(x)."""
+    each = b(aten.neg.default, b(aten.log_sigmoid.default, x))
+    if pos_weight is not None:
+        excess = b(aten.mul.Tensor, b(aten.sub.Scalar, pos_weight, 1), y)
+        each = b(aten.mul.Tensor, each, b(aten.add.Scalar, excess, 1))
+    each = b(aten.add.Tensor, b(aten.mul.Tensor, x, b(aten.rsub.Scalar, y, 1)), each)
+    if weight is not None:
+        each = b(aten.mul.Tensor, each, weight)
+    return _reduce(b, each, reduction)
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+@decomposition(aten.div.Tensor)
+def _divide(b: Any, x: Any, y: Any) -> Any:
+    if not hasattr(b.value(y), "shape"):
+        return b(aten.div.Scalar, x, y)
+    return b(aten.mul.Tensor, x, b(aten.reciprocal.default, y))
+
+
+@decomposition(aten.matmul.default)
+def matmul(b: Any, x: Any, y: Any) -> Any:
+    """Vectors as matrices of one row or column; None where there is nothing to do."""
+    n, m = len(_shape(b, x)), len(_shape(b, y))
+    if n > 1 and m > 1:
+        return None
+    out = b(
+        aten.matmul.default,
+        x if n > 1 else b(aten.unsqueeze.default, x, 0),
+        y if m > 1 else b(aten.unsqueeze.default, y, 1),
+    )
+    out = out if m > 1 else b(aten.squeeze.dim, out, -1)
+    return out if n > 1 else b(aten.squeeze.dim, out, -1 if m == 1 else -2)
+
+
+@decomposition(aten.mv.default, aten.dot.default)
+def vector_product(b: Any, x: Any, y: Any) -> Any:
+    return matmul(b, x, y)
+
+
+@decomposition(aten.logsumexp.default)
+def logsumexp(b: Any, x: Any, axes: Sequence[int], keepdim: bool = False) -> Any:
+    top = b(aten.amax.default, b(aten.detach.default, x), axes, True)
+    total = b(aten.sum.dim_IntList, b(aten.exp.default, b(aten.sub.Tensor, x, top)), axes, True)
+    out = b(aten.add.Tensor, b(aten.log.default, total), top)
+    return out if keepdim else b(aten.squeeze.dims, out, axes)
+
+
+@decomposition(aten.var.correction)
+def variance(b: Any, x: Any, axes: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    shape = _shape(b, x)
+    axes = list(range(len(shape))) if axes is None else [a % len(shape) for a in axes]
+    centred = b(aten.sub.Tensor, x, b(aten.mean.dim, x, axes, True))
+    total = b(aten.sum.dim_IntList, b(aten.square.default, centred), axes, keepdim)
+    count = math.prod(shape[a] for a in axes) - (1 if correction is None else correction)
+    return b(aten.mul.Scalar, total, 1 / count)
+
+
+@decomposition(aten.std.correction)
+def deviation(b: Any, x: Any, axes: Any = None, **kwargs: Any) -> Any:
+    return b(aten.sqrt.default, variance(b, x, axes, **kwargs))
+
+
+@decomposition(aten.addmm.default)
+def addmm(b: Any, c: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = b(aten.mm.default, x, y)
+    product = product if alpha == 1 else b(aten.mul.Scalar, product, alpha)
+    return b(aten.add.Tensor, product, c if beta == 1 else b(aten.mul.Scalar, c, beta))
+
+
+@decomposition(aten.baddbmm.default)
+def baddbmm(b: Any, c: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = b(aten.bmm.default, x, y)
+    product = product if alpha == 1 else b(aten.mul.Scalar, product, alpha)
+    return b(aten.add.Tensor, product, c if beta == 1 else b(aten.mul.Scalar, c, beta))
+
+
+@decomposition(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def conv(
+    b: Any, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    n = len(_shape(b, weight)) - 2
+    full = [
+        list(v) * n if len(v) == 1 else list(v)
+        for v in ([s] if isinstance(s, int) else s for s in (stride, padding, dilation))
+    ]
+    if len(_shape(b, x)) == n + 1:
+        x = b(aten.unsqueeze.default, x, 0)
+        y = b(aten.convolution.default, x, weight, bias, *full, False, [0] * n, groups)
+        return b(aten.squeeze.dim, y, 0)
+    return b(aten.convolution.default, x, weight, bias, *full, False, [0] * n, groups)
+
+
+# ---- several outputs, and identities --------------------------------------------------------------------------------
+
+
+@decomposition(aten.unbind.int)
+def unbind(b: Any, x: Any, axis: int = 0) -> Any:
+    return tuple(b(aten.select.int, x, axis, i) for i in range(_shape(b, x)[axis]))
+
+
+@decomposition(aten.split_with_sizes.default, aten.split.sizes)
+def split_with_sizes(b: Any, x: Any, sizes: Sequence[int], axis: int = 0) -> Any:
+    out, start = [], 0
+    for n in sizes:
+        out.append(b(aten.slice.Tensor, x, axis, start, start + n))
+        start += n
+    return tuple(out)
+
+
+@decomposition(aten.split.Tensor)
+def split(b: Any, x: Any, size: int, axis: int = 0) -> Any:
+    n = _shape(b, x)[axis]
+    return split_with_sizes(b, x, [min(size, n - i) for i in range(0, n, size)] or [0], axis)
+
+
+@decomposition(aten.chunk.default)
+def chunk(b: Any, x: Any, chunks: int, axis: int = 0) -> Any:
+    return split(b, x, max(1, -(-_shape(b, x)[axis] // chunks)), axis)
+
+
+@decomposition(aten.stack.default)
+def stack(b: Any, tensors: Sequence[Any], axis: int = 0) -> Any:
+    axis %= len(_shape(b, tensors[0])) + 1
+    return b(aten.cat.default, [b(aten.unsqueeze.default, t, axis) for t in tensors], axis)
+
+
+@decomposition(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+def dropout(b: Any, x: Any, p: float, train: bool) -> Any:
+    if train and p > 0:
+        from hoanalysis.derivatives.tangents.graph import TangentsUnsupported
+
+        raise TangentsUnsupported("dropout is active")
+    return x
+
+
+def _extreme(argument: Callable) -> Callable:
+    def f(b: Any, x: Any, axis: int, keepdim: bool = False) -> Any:
+        index = b(argument, x, axis, True)
+        value = b(aten.gather.default, x, axis, index)
+        if keepdim:
+            return value, index
+        return b(aten.squeeze.dim, value, axis), b(aten.squeeze.dim, index, axis)
+
+    return f
+
+
+DECOMPOSITIONS[aten.max.dim] = _extreme(aten.argmax.default)
+DECOMPOSITIONS[aten.min.dim] = _extreme(aten.argmin.default)

@@ -1,0 +1,248 @@
+"""A captured program: the graph of one batch's loss, and what it is valid for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hoanalysis.derivatives.common import BatchDerivatives, Request
+from hoanalysis.derivatives.tangents import sweeps
+from hoanalysis.derivatives.tangents.capture import trace
+from hoanalysis.derivatives.tangents.graph import Graph, TangentsUnsupported, lowest_dtype
+from hoanalysis.derivatives.tangents.groups import Groups, Sums
+from hoanalysis.derivatives.tangents.rules import Stack
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import batch_digest, map_tensors, tensors_of
+
+if TYPE_CHECKING:
+    from hoanalysis.problem import Batch, Problem, State
+
+
+def capture(problem: Problem, state: State, batch: Batch) -> Program:
+    """Trace the loss of one batch: a `Program` for all batches and checkpoints with the same `capture_key`.
+
+    Parameters
+    ----------
+    problem, state
+        What to differentiate, and where.
+    batch
+        A batch that has been through ``problem.cast``.
+
+    Raises
+    ------
+    TangentsUnsupported
+        With the reason, where the model or loss cannot be captured.
+    """
+
+    def call(parameters: dict[str, Tensor], others: list[Tensor]) -> Tensor:
+        given = iter(others[len(state.fixed) :])
+        fixed = dict(zip(state.fixed, others, strict=False))
+        inner = type(state)(parameters, fixed, state.dtype)
+        return problem.batch_value(parameters, inner, map_tensors(lambda _: next(given), batch))
+
+    others = [*state.fixed.values(), *tensors_of(batch)]
+    graph, data_dependent = trace(call, state.parameters, others)
+    return Program(graph, capture_key(problem, state, batch), list(state.parameters), list(state.fixed), data_dependent)
+
+
+def capture_key(problem: Problem, state: State, batch: Batch) -> Hashable:
+    """What a captured program depends on: names, shapes and dtypes of all tensors, the batch's plain values, the modes."""
+
+    def spec(t: Tensor) -> tuple:
+        return tuple(t.shape), t.dtype, t.device
+
+    leaves = pytree.tree_leaves(batch)
+    return (
+        tuple((n, spec(t)) for n, t in state.parameters.items()),
+        tuple((n, spec(t)) for n, t in state.fixed.items()),
+        tuple(spec(t) if isinstance(t, (Tensor, np.ndarray)) and isinstance(t, Tensor) else repr(t) for t in leaves),
+        tuple(m.training for m in problem.model.modules()),
+        state.dtype,
+    )
+
+
+class Program:
+    """The graph of one batch's loss. Made by `capture`.
+
+    Attributes
+    ----------
+    key
+        The `capture_key` that it is valid for.
+    data_dependent
+        Names of ops whose output shape depends on values (``nonzero``): the program is then valid for the very batch
+        that was traced, and refuses any other.
+    """
+
+    def __init__(
+        self, graph: Graph, key: Hashable, parameters: list[str], fixed: list[str], data_dependent: list[str]
+    ) -> None:
+        self.graph, self.key = graph, key
+        self.data_dependent = data_dependent
+        self._parameters, self._fixed = parameters, fixed
+        self._plans: dict[str, Plan] = {}
+
+    def derivatives(
+        self,
+        state: State,
+        direction: Mapping[str, Tensor],
+        partition: Partition,
+        batch: Batch,
+        request: Request,
+    ) -> BatchDerivatives:
+        """D^(1) .. D^(order) of one batch, and the third diagonal where ``request`` asks for it.
+
+        Raises
+        ------
+        TangentsUnsupported
+            For orders above 3, and for a batch or state that the program was not captured for.
+        """
+        if request.order > 3 or request.diagonal not in (None, 1, 2, 3):
+            raise TangentsUnsupported(f"order {request.highest} is above 3")
+        order = request.order
+        diagonal = request.diagonal == 3 and order < 3
+        inputs = self._inputs(state, batch)
+        plan = self._plan(partition)
+        with torch.no_grad():
+            values, local = sweeps.forward(self.graph, inputs, max(request.highest, 1))
+            loss = values[self.graph.output]
+            del values
+            sums = Sums(len(partition), order, diagonal)
+            if self.graph.output in local:
+                leaves = plan.leaves(self.graph, state.parameters, direction)
+                if order >= 3:
+                    sweeps.full(self.graph, local, loss, leaves, sums)
+                else:
+                    second = order >= 2 or diagonal or request.diagonal == 2
+                    lam = sweeps.adjoints(self.graph, local, loss) if second else {}
+                    sweeps.stream(self.graph, local, lam, leaves, sums)
+        return plan.result(float(loss), sums, request)
+
+    def check(
+        self,
+        problem: Problem,
+        state: State,
+        direction: Mapping[str, Tensor],
+        partition: Partition,
+        batch: Batch,
+        result: BatchDerivatives | None = None,
+    ) -> None:
+        """Compare with eager PyTorch: the loss, and D1 with the eager gradient contracted with the direction.
+
+        Costs one gradient, and one forward sweep where no ``result`` of this batch is given. Worth paying once per program and
+        state; the loss alone can be compared on every batch by the caller.
+
+        Raises
+        ------
+        TangentsUnsupported
+            Where they differ by more than rounding in the lowest dtype of the graph.
+        """
+        if result is None:
+            result = self.derivatives(state, direction, partition, batch, Request(1))
+        parameters = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
+        loss = problem.batch_value(parameters, state, batch)
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        eager, size = loss.item(), len(partition)
+        expected, scale = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        used = self.graph.used_parameters()
+        for (name, p), g in zip(parameters.items(), grads, strict=True):
+            if g is not None and name not in used and bool(g.any()):
+                raise TangentsUnsupported(f"a use of parameter {name!r} is not in the captured graph")
+            term = torch.zeros_like(p) if g is None else g.detach() * direction[name].to(p.dtype)
+            index = torch.as_tensor(np.broadcast_to(partition.assignment[name], p.shape).copy().ravel())
+            expected.index_add_(0, index, term.detach().double().ravel())
+            scale.index_add_(0, index, term.detach().double().abs().ravel())
+        eps = torch.finfo(lowest_dtype(self.graph)).eps
+        if not abs(eager - result.loss) <= 1e3 * eps * max(1.0, abs(eager)):
+            raise TangentsUnsupported(f"the captured loss is {result.loss!r}, the eager one {eager!r}")
+        # cancellation inside a sum over n entries costs about sqrt(n) ulps of the terms' size, depth some more
+        tolerance = 1e3 * eps * (scale + 1e-3 * scale.max())
+        wrong = (expected - result.tensors[1]).abs() > tolerance
+        if bool(wrong.any()) or not bool(torch.isfinite(result.tensors[1]).all()):
+            s = int(wrong.int().argmax())
+            raise TangentsUnsupported(
+                f"D1 of group {partition.labels[s]!r} is {result.tensors[1][s]:.6e}, the eager gradient gives "
+                f"{expected[s]:.6e}: detach, no_grad or a custom backward was lost"
+            )
+
+    def description(self) -> dict[str, dict[str, int]]:
+        """Kind of rule -> op -> number of live nodes. ``generic`` lists the ops without a rule of their own."""
+        return self.graph.description()
+
+    # ---- internals ----------------------------------------------------------------------------------------------
+
+    def _inputs(self, state: State, batch: Batch) -> list[Tensor]:
+        tensors = tensors_of(batch)
+        inputs = [*(state.parameters[n] for n in self._parameters), *(state.fixed[n] for n in self._fixed), *tensors]
+        if len(inputs) != self.graph.n_inputs:
+            raise TangentsUnsupported(f"the program takes {self.graph.n_inputs} tensors and was given {len(inputs)}")
+        for node, t in zip(self.graph.nodes, inputs, strict=False):
+            if node.shape != tuple(t.shape) or node.dtype != t.dtype:
+                raise TangentsUnsupported(
+                    f"the program was captured for a tensor {node.shape} {node.dtype} and was given "
+                    f"{tuple(t.shape)} {t.dtype}"
+                )
+        if self.data_dependent:
+            digest = batch_digest(tensors)
+            self._digest = getattr(self, "_digest", digest)
+            if digest != self._digest:
+                raise TangentsUnsupported(f"shapes depend on the batch's values: {', '.join(self.data_dependent)}")
+        return [t.detach() for t in inputs]
+
+    def _plan(self, partition: Partition) -> Plan:
+        key = partition.fingerprint()
+        if key not in self._plans:
+            self._plans[key] = Plan(self.graph, partition)
+        return self._plans[key]
+
+
+class Plan:
+    """How the groups of one partition meet the graph: their order of first use, and each parameter's own groups."""
+
+    def __init__(self, graph: Graph, partition: Partition) -> None:
+        order: dict[int, None] = {}
+        for n in graph.live_nodes():
+            for i in n.sources.values():
+                if (name := graph.nodes[i].parameter) is not None:
+                    order.update(dict.fromkeys(np.unique(partition.assignment[name]).tolist()))
+        order.update(dict.fromkeys(range(len(partition))))
+        self.order = list(order)
+        self.position = {g: i for i, g in enumerate(self.order)}
+        self.partition = partition
+
+    def leaves(
+        self, graph: Graph, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> dict[int, Stack]:
+        """The tangents of the parameters themselves: U^s, cut where a tensor has several groups."""
+        out = {}
+        for n in graph.nodes[: graph.n_inputs]:
+            if n.parameter is None:
+                continue
+            p, assignment = parameters[n.parameter], self.partition.assignment[n.parameter]
+            u = direction[n.parameter].detach().to(p)
+            found: list[int] = np.unique(assignment).tolist()
+            if len(found) == 1:
+                out[n.index] = Stack((self.position[found[0]],), u[None])
+                continue
+            found.sort(key=self.position.__getitem__)
+            index = torch.as_tensor(assignment)
+            groups: Groups = tuple(self.position[g] for g in found)
+            out[n.index] = Stack(groups, torch.stack([u * (index == g) for g in found]))
+        return out
+
+    def result(self, loss: float, sums: Sums, request: Request) -> BatchDerivatives:
+        """Back to the partition's own order of groups."""
+        where = torch.tensor([self.position[g] for g in range(len(self.order))], dtype=torch.long)
+        tensors = {1: sums.D1[where]}
+        if request.order >= 2:
+            tensors[2] = sums.D2[where][:, where]
+        if sums.D3 is not None:
+            tensors[3] = sums.D3[where][:, where][:, :, where]
+        diagonals = {}
+        if request.diagonal is not None and request.diagonal > request.order:
+            diagonals[request.diagonal] = sums.diagonal[where] if request.diagonal == 3 else sums.D2.diagonal()[where]  # type: ignore[index]
+        return BatchDerivatives(loss, tensors, diagonals)

@@ -1,0 +1,140 @@
+"""The core of every norm as one node: y = c r with c = x - mean(x) (or x itself, for RMSNorm) and r = (mean(c^2) + eps)^-1/2.
+
+layer_norm, group_norm, instance_norm, rms_norm and batch_norm in training mode are reshapes, this, a product and a sum.
+Per row of n entries, with a~ the (centred) tangent, alpha_a = <c, a~>/n and A_ab = <a~, b~>/n:
+
+    r_a   = -r^3 alpha_a
+    r_ab  = 3 r^5 alpha_a alpha_b - r^3 A_ab
+    r_abc = -15 r^7 alpha_a alpha_b alpha_c + 3 r^5 (A_ab alpha_c + A_ac alpha_b + A_bc alpha_a)
+    y_a = a~ r + c r_a,    y_ab = a~ r_b + b~ r_a + c r_ab,    y_abc = a~ r_bc + b~ r_ac + c~ r_ab + c r_abc
+
+so that all of D3 follows from the inner products of each row: S^2 times the activations, not S^3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take
+from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
+
+
+def normalize(x: Tensor, axes: int, eps: float, center: bool) -> Tensor:
+    """x scaled to unit variance (``center``) or unit mean square over its last ``axes`` axes."""
+    rows = x.flatten(-axes)
+    rows = rows - rows.mean(-1, keepdim=True) if center else rows
+    return (rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()).view(x.shape)
+
+
+@rule(normalize)
+class Normalize(Local):
+    """`normalize` at one batch, seen as M rows of n entries."""
+
+    kind = "normalization"
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        x, axes, eps, self.center = args
+        self.shape = x.shape
+        c = x.reshape(*x.shape[: x.dim() - axes], -1).flatten(0, -2)
+        self.n = c.shape[-1]
+        self.c = self._centred(c)
+        self.r = (self.c.square().mean(-1, keepdim=True) + eps).rsqrt()  # (M, 1)
+        self.y = self.c * self.r
+        self.value = self.y.view(x.shape)
+
+    @classmethod
+    def is_curved(cls, keys: frozenset) -> bool:
+        return True
+
+    def _centred(self, rows: Tensor) -> Tensor:
+        return rows - rows.mean(-1, keepdim=True) if self.center else rows
+
+    def _rows(self, stack: Tensor) -> Tensor:
+        """A stack as (k, M, n)."""
+        return stack.reshape(len(stack), -1, self.n)
+
+    def _dot(self, stack: Tensor, rows: Tensor) -> Tensor:
+        """Inner products of each row: (k, M, n) with (M, n) -> (k, M)."""
+        return torch.matmul(stack.transpose(0, 1), rows[:, :, None]).squeeze(-1).T
+
+    def push(self, key: Key, stack: Tensor) -> Tensor:
+        T = self._centred(self._rows(stack))
+        along = (T * self.y).mean(-1, keepdim=True)
+        return (T - along * self.y).mul_(self.r).view(len(stack), *self.shape)
+
+    def pull(self, key: Key, stack: Tensor) -> Tensor:
+        Y = self._rows(stack)
+        along = (Y * self.y).mean(-1, keepdim=True)
+        return self._centred((Y - along * self.y).mul_(self.r)).view(len(stack), *self.shape)
+
+    def _scalars(self, lam: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, beta = <lam, a~> of shape (k, M); gamma = <lam, c> and r of shape (M,)."""
+        lam = lam.reshape(-1, self.n)
+        return self._dot(T, self.c / self.n), self._dot(T, lam), (lam * self.c).sum(-1), self.r[:, 0]
+
+    def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = self._centred(self._rows(x.data))
+        alpha, beta, gamma, r = self._scalars(lam, T)
+        cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
+        weighted = (T * (-gamma * r**3 / self.n)[:, None]).flatten(1)
+        sums.add2(x.groups, x.groups, weighted @ T.flatten(1).T + cross + cross.T)
+
+    def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = self._centred(self._rows(x.data))
+        k = len(T)
+        alpha, beta, gamma, r = self._scalars(lam, T)
+        by_row = T.transpose(0, 1)  # (M, k, n)
+        gram = (by_row @ by_row.mT / self.n).permute(1, 2, 0).reshape(k * k, -1)  # (k k, M)
+        # the three placements of  A_st Q_r + alpha_s alpha_t P_r, summed over rows
+        Q, P = 3 * gamma * r**5 * alpha - r**3 * beta, 3 * r**5 * beta - 5 * gamma * r**7 * alpha
+        groups = x.groups
+        if lamT is not None:
+            Y = self._rows(lamT.data)
+            gammas = self._dot(Y, self.c)
+            groups, Q = add_rows(lamT.groups, -(r**3) * gammas, x.groups, Q)
+            groups, P = add_rows(lamT.groups, 3 * r**5 * gammas, x.groups, P)
+            betas = (Y.transpose(0, 1) @ by_row.mT).permute(1, 2, 0)  # (K, k, M)
+            six = betas.reshape(len(Y) * k, -1) @ (-(r**3) * alpha).T
+            sums.add3_six((lamT.groups, x.groups, x.groups), six.view(len(Y), k, k))
+        alphas = (alpha[:, None] * alpha).flatten(0, 1)
+        sums.add3_pairs(x.groups, groups, (gram @ Q.T + alphas @ P.T).view(k, k, -1))
+
+    def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
+        x = tangents[key]
+        T = self._centred(self._rows(x.data))
+        alpha, beta, gamma, r = self._scalars(lam, T)
+        on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
+        out = on_c[..., None] * self.c
+        out += (-(r**3) * alpha)[..., None] * lam.reshape(-1, self.n)
+        out -= (gamma * r**3 / self.n)[:, None] * T
+        return Stack(x.groups, self._centred(out).view(len(T), *self.shape))
+
+    def bend(self, tangents: Stacks) -> Stack:
+        ((_, x),) = tangents.items()
+        T = self._centred(self._rows(x.data))
+        alpha, r = self._dot(T, self.c / self.n), self.r[:, 0]
+        twice = 3 * r**5 * alpha**2 - r**3 * T.square().mean(-1)
+        out = (-2 * r**3 * alpha)[..., None] * T + twice[..., None] * self.c
+        return Stack(x.groups, out.view(len(T), *self.shape))
+
+    def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = self._centred(self._rows(x.data))
+        alpha, beta, gamma, r = self._scalars(lam, T)
+        A = T.square().mean(-1)
+        twice = 3 * r**5 * alpha**2 - r**3 * A
+        thrice = -15 * r**7 * alpha**3 + 9 * r**5 * A * alpha
+        sums.add_diagonal(x.groups, (3 * beta * twice + gamma * thrice).sum(1))
+        for x2 in bent.values():
+            T2 = self._centred(self._rows(x2.data))
+            T1, alpha1, beta1 = (take(v, x.groups, x2.groups) for v in (T, alpha, beta))
+            alpha2, beta2, _, _ = self._scalars(lam, T2)
+            mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * (T1 * T2).mean(-1)
+            total = -(r**3) * (beta2 * alpha1 + beta1 * alpha2) + gamma * mixed
+            sums.add_diagonal(x2.groups, 3 * total.sum(1))

@@ -1,0 +1,134 @@
+"""Softmax and log-softmax as one node each: their higher terms are moments under p.
+
+With a~ = a - <p, a> the tangent centred under p (row by row),
+
+    softmax       phi'[a] = p a~
+                  lam . phi''[a,b]     = <w, a~ b~>                                w = p (lam - <p, lam>) = pull(lam)
+                  lam . phi'''[a,b,c]  = <w, a~ b~ c~> - sum of three <w, a~> <p, b~ c~>
+    log-softmax   phi'[a] = a - <p, a>                                             L = sum of lam over the row
+                  lam . phi''[a,b]     = -L <p, a~ b~>,     lam . phi'''[a,b,c] = -L <p, a~ b~ c~>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take, triple_products
+from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
+
+aten = torch.ops.aten
+
+
+class _Moments(Local):
+    """What the two share: p, centred tangents, and contractions as <T~_s T~_t, R_r>."""
+
+    kind = "softmax"
+    p: Tensor
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        self.value = op(*args, **kwargs)
+        self.axis = args[1] % max(args[0].dim(), 1) - max(args[0].dim(), 1)  # from the end: valid for stacks too
+
+    @classmethod
+    def is_curved(cls, keys: frozenset) -> bool:
+        return True
+
+    def _mean(self, stack: Tensor) -> Tensor:
+        return (stack * self.p).sum(self.axis, keepdim=True)
+
+    def _weight(self, lam: Tensor) -> Tensor:
+        """w such that lam . phi''[a, b] = <w, a~ b~>; for stacks too."""
+        raise NotImplementedError
+
+    def _own_third(self, lam: Tensor, centred: Tensor) -> Tensor:
+        """R such that lam . phi''' is the sum of the three placements of <T~_s T~_t, R_r>."""
+        raise NotImplementedError
+
+    def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = x.data - self._mean(x.data)
+        sums.add2(x.groups, x.groups, (T * self._weight(lam)).flatten(1) @ T.flatten(1).T)
+
+    def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = x.data - self._mean(x.data)
+        groups, R = x.groups, self._own_third(lam, T)
+        if lamT is not None:
+            groups, R = add_rows(lamT.groups, self._weight(lamT.data), x.groups, R)
+        triple_products(sums, x.groups, T.flatten(1), groups, R.flatten(1))
+
+    def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
+        ((_, x),) = tangents.items()
+        T = x.data - self._mean(x.data)
+        sums.add_diagonal(x.groups, 3 * (T * T * self._own_third(lam, T)).flatten(1).sum(1))
+        for x2 in bent.values():
+            t = take(T, x.groups, x2.groups)
+            centred = x2.data - self._mean(x2.data)
+            sums.add_diagonal(x2.groups, 3 * ((t * centred).flatten(1) @ self._weight(lam).flatten()))
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+class Softmax(_Moments):
+    """p = softmax(x) along one axis. Masked entries have p = 0 and drop out."""
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        super().__init__(op, args, kwargs, keys, order)
+        self.p = self.value
+
+    def push(self, key: Key, stack: Tensor) -> Tensor:
+        return (stack - self._mean(stack)).mul_(self.p)
+
+    def pull(self, key: Key, stack: Tensor) -> Tensor:
+        return self.push(key, stack)
+
+    def _weight(self, lam: Tensor) -> Tensor:
+        return self.push(0, lam)
+
+    def _own_third(self, lam: Tensor, centred: Tensor) -> Tensor:
+        w = self._weight(lam)
+        weighted = centred * w
+        return weighted / 3 - weighted.sum(self.axis, keepdim=True) * self.p
+
+    def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
+        x = tangents[key]
+        weighted = (x.data - self._mean(x.data)).mul_(self._weight(lam))
+        return Stack(x.groups, weighted - weighted.sum(self.axis, keepdim=True) * self.p)
+
+    def bend(self, tangents: Stacks) -> Stack:
+        ((_, x),) = tangents.items()
+        squares = (x.data - self._mean(x.data)).square_()
+        return Stack(x.groups, (squares - self._mean(squares)).mul_(self.p))
+
+
+@rule(aten.log_softmax.int, aten._log_softmax.default)
+class LogSoftmax(_Moments):
+    """log p along one axis."""
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        super().__init__(op, args, kwargs, keys, order)
+        self.p = self.value.exp()
+
+    def push(self, key: Key, stack: Tensor) -> Tensor:
+        return stack - self._mean(stack)
+
+    def pull(self, key: Key, stack: Tensor) -> Tensor:
+        return stack - stack.sum(self.axis, keepdim=True) * self.p
+
+    def _weight(self, lam: Tensor) -> Tensor:
+        return -lam.sum(self.axis, keepdim=True) * self.p
+
+    def _own_third(self, lam: Tensor, centred: Tensor) -> Tensor:
+        return centred * (self._weight(lam) / 3)
+
+    def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
+        x = tangents[key]
+        return Stack(x.groups, (x.data - self._mean(x.data)).mul_(self._weight(lam)))
+
+    def bend(self, tangents: Stacks) -> Stack:
+        ((_, x),) = tangents.items()
+        variance = self._mean((x.data - self._mean(x.data)).square_())
+        return Stack(x.groups, (-variance).expand_as(x.data))

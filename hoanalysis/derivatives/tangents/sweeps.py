@@ -1,0 +1,166 @@
+"""The sweeps over one batch's graph.
+
+forward      values, and each node's local rule
+backward     adjoints lam = dL/dx, only where something curved lies at or above the node
+streaming    forward once more with tangents x_s: D1 at the output, D2 (and the third diagonal) node by node;
+             a node's tangents are dropped after their last use
+full         tangents kept, then backward with adjoint tangents lam^s: D2 and D3 node by node, dropping both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoanalysis.derivatives.tangents.graph import Graph, Node, substitute
+from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
+from hoanalysis.derivatives.tangents.rules import Local, Stack, Stacks
+
+Locals = dict[int, Local]
+
+
+def forward(graph: Graph, inputs: list[Tensor], order: int) -> tuple[list[Any], Locals]:
+    """Evaluate every node; live ones through their rule, prepared for derivatives up to ``order``."""
+    values: list[Any] = [*inputs, *[None] * (len(graph.nodes) - len(inputs))]
+    for i, constant in graph.constants.items():
+        values[i] = constant
+    local: Locals = {}
+    for n in graph.nodes[len(inputs) :]:
+        if n.op is None:
+            continue
+        args, kwargs = substitute(n.args, values), substitute(n.kwargs, values)
+        if n.live:
+            assert n.rule is not None
+            local[n.index] = n.rule(n.op, args, kwargs, tuple(n.sources), order)
+            values[n.index] = local[n.index].value
+        else:
+            values[n.index] = n.op(*args, **kwargs)
+        for i in set(n.inputs.values()):
+            if graph.last_use[i] == n.index and i >= len(inputs) and i not in graph.constants:
+                values[i] = None  # the rules hold what they need
+    return values, local
+
+
+def adjoints(graph: Graph, local: Locals, loss: Tensor) -> dict[int, Tensor]:
+    """lam of every curved node."""
+    lam: dict[int, Tensor] = {graph.output: torch.ones_like(loss)}
+    for n in reversed(graph.nodes):
+        if n.index not in local or not n.needs_adjoint:
+            continue
+        for key, i in n.sources.items():
+            if graph.nodes[i].needs_adjoint:
+                part = local[n.index].pull(key, lam[n.index][None])[0]
+                lam[i] = lam[i] + part if i in lam else part
+        if not n.curved:
+            del lam[n.index]
+    return lam
+
+
+def assemble(parts: list[Stack], shape: tuple[int, ...]) -> Stack:
+    """The sum of some stacks over the union of their groups."""
+    if len(parts) == 1:
+        return parts[0]
+    groups: Groups = ()
+    for p in parts:
+        groups = union(groups, p.groups)
+    out = parts[0].data.new_empty(len(groups), *shape)
+    written: set[int] = set()
+    for p in sorted(parts, key=lambda p: -len(p.groups)):
+        old = tuple(g for g in p.groups if g in written)
+        new = tuple(g for g in p.groups if g not in written) if old else p.groups
+        if new:
+            out[rows(new, groups)] = p.data if new == p.groups else p.data[rows(new, p.groups)]
+        if old:
+            where = rows(old, groups)
+            data = p.data if old == p.groups else p.data[rows(old, p.groups)]
+            if isinstance(where, slice):
+                out[where] += data
+            else:
+                out.index_add_(0, where, data.contiguous())
+        written.update(p.groups)
+    return Stack(groups, out)
+
+
+def push_node(n: Node, local: Local, tangents: Stacks) -> Stack:
+    """The first-order tangents of a node."""
+    assert n.shape is not None
+    return assemble([Stack(t.groups, local.push(key, t.data)) for key, t in tangents.items()], n.shape)
+
+
+def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mapping[int, Stack], sums: Sums) -> None:
+    """D1, D2 and, where ``sums`` asks for it, the third diagonal, holding only the stacks still to be used."""
+    T: dict[int, Stack] = dict(leaves)
+    bent: dict[int, Stack] = {}
+    for n in graph.live_nodes():
+        rule = local[n.index]
+        tangents = {key: T[i] for key, i in n.sources.items()}
+        if n.curved and lam:
+            rule.second(sums, lam[n.index], tangents)
+            rule.release()
+        if sums.diagonal is not None:
+            bents = {key: bent[i] for key, i in n.sources.items() if i in bent}
+            if n.curved:
+                rule.diagonal(sums, lam[n.index], tangents, bents)
+            parts = [Stack(b.groups, rule.push(key, b.data)) for key, b in bents.items()] if n.feeds_curved else []
+            if n.curved and n.feeds_curved and (own := rule.bend(tangents)) is not None:
+                parts.append(own)
+            if parts:
+                assert n.shape is not None
+                bent[n.index] = assemble(parts, n.shape)
+        T[n.index] = push_node(n, rule, tangents)
+        del tangents
+        for i in set(n.sources.values()):
+            if graph.last_live_use[i] == n.index:
+                T.pop(i, None)
+                bent.pop(i, None)
+    _first(graph, T, sums)
+
+
+def full(graph: Graph, local: Locals, loss: Tensor, leaves: Mapping[int, Stack], sums: Sums) -> None:
+    """D1, D2 and D3: tangents forward, adjoint tangents backward."""
+    T = _tangents(graph, local, leaves)
+    _first(graph, T, sums)
+    lam: dict[int, Tensor] = {graph.output: torch.ones_like(loss)}
+    parts: dict[int, list[Stack]] = {}
+    for n in reversed(graph.nodes):
+        if n.index not in local or not n.needs_adjoint:
+            continue
+        rule, mine = local.pop(n.index), lam.pop(n.index)
+        assert n.shape is not None
+        lamT = assemble(found, n.shape) if (found := parts.pop(n.index, None)) else None
+        tangents = {key: T[i] for key, i in n.sources.items()} if n.curved else {}
+        if n.curved:
+            rule.second(sums, mine, tangents)
+            rule.third(sums, mine, lamT, tangents)
+        for key, i in n.sources.items():
+            if not graph.nodes[i].needs_adjoint:
+                continue
+            part = rule.pull(key, mine[None])[0]
+            lam[i] = lam[i] + part if i in lam else part
+            if lamT is not None:
+                parts.setdefault(i, []).append(Stack(lamT.groups, rule.pull(key, lamT.data)))
+            if n.curved and (own := rule.pull_second(key, mine, tangents)) is not None:
+                parts.setdefault(i, []).append(own)
+        rule.release()
+        T.pop(n.index, None)
+
+
+def _tangents(graph: Graph, local: Locals, leaves: Mapping[int, Stack]) -> dict[int, Stack]:
+    """The tangents of every input of a curved node, and of the output."""
+    T: dict[int, Stack] = dict(leaves)
+    kept = {i for n in graph.live_nodes() if n.curved for i in n.sources.values()} | {graph.output}
+    for n in graph.live_nodes():
+        T[n.index] = push_node(n, local[n.index], {key: T[i] for key, i in n.sources.items()})
+        for i in set(n.sources.values()):
+            if graph.last_live_use[i] == n.index and i not in kept:
+                T.pop(i, None)
+    return T
+
+
+def _first(graph: Graph, T: Mapping[int, Stack], sums: Sums) -> None:
+    """D1 is the tangent of the output: no weight gradient is formed."""
+    if graph.output in T:
+        sums.add1(T[graph.output].groups, T[graph.output].data)

@@ -1,0 +1,69 @@
+"""The engine against nested reverse mode, in float64: every architecture, loss and kind of partition."""
+
+import pytest
+import torch
+
+from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents import capture
+from hoanalysis.partitions import Partition
+from tests.derivatives.cases_tangents import ARCHITECTURES, LOSSES, Case, loss_case, nested
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these networks are too small for more
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-10 of the largest entry: an entry that is zero up to rounding has no relative error of its own."""
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10 * max(1e-30, float(expected.abs().max())))
+
+
+def compare(case: Case, partition: Partition | None = None) -> None:
+    problem, state, u, canonical = case.ready()
+    partition = partition or canonical
+    c = torch.randn(len(partition))
+    first, second, third = nested(problem, state, u, partition, case.batch, c)
+    program = capture(problem, state, case.batch)
+    full = program.derivatives(state, u, partition, case.batch, Request(3))
+    streamed = program.derivatives(state, u, partition, case.batch, Request(2, diagonal=3))
+    program.check(problem, state, u, partition, case.batch)
+    for result in (full, streamed):
+        close(result.tensors[1], first)
+        close(result.tensors[2], second)
+    D3 = full.tensors[3]
+    close(D3 @ c, third)
+    close(D3.transpose(0, 2), D3)
+    close(D3.transpose(0, 1), D3)
+    close(streamed.diagonals[3], torch.einsum("iii->i", D3))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    compare(ARCHITECTURES[name]())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    compare(loss_case(name))
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "vit", "gpt tied", "tied", "resnet"])
+@pytest.mark.parametrize("kind", ["layer", "kind", "trivial", "split"])
+def test_partitions(name, kind):
+    case = ARCHITECTURES[name]()
+    patterns = {"*": (0, 1)} if name == "vit" else {"*": (0, 1)}
+    patterns = {n: (0, 3) for n, p in case.model.named_parameters() if p.shape[0] % 3 == 0} or patterns
+    build = {
+        "layer": Partition.by_layer,
+        "kind": Partition.by_kind,
+        "trivial": Partition.trivial,
+        "split": lambda m: Partition.split(m, patterns),
+    }[kind]
+    compare(case, build(case.model))
