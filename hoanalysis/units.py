@@ -201,13 +201,12 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
         values = plan["groups"][name]
         dtype = np.int64 if name == "numel" else object
         ds = ds.assign_coords({name: (schema.GROUP, np.array(values, dtype=dtype))})
-    have = ds["n_batches"].values > 0
     ds.attrs = {
         **plan["attrs"],
         "n_samples": int(np.max(ds["n_samples"].values)),
-        "coverage": float(np.mean(have)),
+        "coverage": float(ds["units_read"].sum()) / max(sum(len(step["units"]) for step in plan["steps"]), 1),
     }
-    return _described(ds.drop_vars("n_samples"))
+    return _described(ds.drop_vars(["n_samples", "units_read"]))
 
 
 def _one_step(
@@ -231,7 +230,7 @@ def _one_step(
         facts = json.loads(shards[0].attrs["unit"])
         n_batches, n_samples = int(unit["n_batches"]), int(unit["n_samples"])
         coords = {k: unit[k].values for k in schema.GROUP_COORDS_BY_STEP}
-    ds["n_samples"] = ((), n_samples)
+    ds["n_samples"], ds["units_read"] = ((), n_samples), ((), len(shards))
     checks = [json.loads(u.attrs["unit"]).get("self_check", np.nan) for u in shards]
     return ds.assign_coords(
         sha256=((), step.get("sha256", "")),
@@ -247,10 +246,8 @@ def _stacked(steps: Sequence[xr.Dataset]) -> xr.Dataset:
     blocks = max((s.sizes.get(schema.BATCH, 0) for s in steps), default=0)
     if blocks:
         steps = [_padded(s, blocks, steps) for s in steps]
-    return (
-        xr.concat(steps, schema.STEP, coords="minimal", compat="override", data_vars="all", combine_attrs="override")
-        if len(steps) > 1
-        else steps[0].expand_dims(schema.STEP, axis=0).pipe(_coords_on_step)
+    return xr.concat(
+        [_on_step(s) for s in steps], schema.STEP, data_vars="all", coords="minimal", compat="equals", join="exact"
     )
 
 
@@ -262,9 +259,11 @@ def _padded(step: xr.Dataset, blocks: int, steps: Sequence[xr.Dataset]) -> xr.Da
     return step.pad({schema.BATCH: (0, blocks - step.sizes[schema.BATCH])}, constant_values=0)
 
 
-def _coords_on_step(ds: xr.Dataset) -> xr.Dataset:
+def _on_step(ds: xr.Dataset) -> xr.Dataset:
+    """One step of a series: ``step`` on every variable, and on what differs by checkpoint among the coordinates."""
     names = [*schema.STEP_COORDS, "engine_detail", *schema.GROUP_COORDS_BY_STEP]
-    return ds.assign_coords({k: ds[k].reset_coords(drop=True).expand_dims(schema.STEP, axis=0) for k in names})
+    coords = {k: ds[k].reset_coords(drop=True).expand_dims(schema.STEP, axis=0) for k in names}
+    return ds.drop_vars(names).expand_dims(schema.STEP, axis=0).assign_coords(coords)
 
 
 def _described(ds: xr.Dataset) -> xr.Dataset:
@@ -291,6 +290,6 @@ def _described_name(name: str) -> str:
 
 
 def _unit(name: str) -> str:
-    if name in ("loss", "loss_se") or (name.startswith("D") and name[1:2].isdigit()):
+    if name.startswith("loss") or (name.startswith("D") and name[1:2].isdigit()):
         return "loss"
     return "1"
