@@ -18,7 +18,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelTable(_Table):
@@ -191,13 +191,13 @@ class StudySpec(_Table):
             raise
         except Exception as e:
             hint = ""
-            if isinstance(e, TypeError):
+            with suppress(TypeError, ValueError):  # not every class of C has a signature
                 hint = f"it is called as {factory.partition(':')[2]}{inspect.signature(target)}"
             raise StudyError(
                 f"[{table}] factory {factory!r} raised {type(e).__name__}: {e}",
                 where=str(self.path),
                 why=f"it was called with {args}",
-                do=hint,
+                do=hint if isinstance(e, TypeError) else "",
             ) from e
 
     def _import(self, table: str, factory: str) -> Any:
@@ -219,15 +219,35 @@ class StudySpec(_Table):
                 raise StudyError(
                     f"[{table}] factory {factory!r}: {module_name!r} has no {name!r}",
                     where=str(self.path),
-                    do=nearest(part, [n for n in vars(target) if not n.startswith("_")]),
+                    do=nearest(part, [n for n in dir(target) if not n.startswith("_")]),
                 )
             target = getattr(target, part)
+        if not callable(target):
+            raise StudyError(
+                f"[{table}] factory {factory!r} is a {type(target).__name__}, which cannot be called",
+                where=str(self.path),
+                do="name a class or a function",
+            )
         return target
+
+
+_FOLDERS: set[Path] = set()  # of the studies whose modules were imported in this process
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Modules beside the study file can be named as factories."""
+    """Modules beside the study file can be named as factories.
+
+    Where another study's folder has a module of the same name, that one is forgotten, so that each study gets its own.
+    """
+    for name in {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}:
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        home = file.parent.parent if file.name == "__init__.py" else file.parent
+        if home in _FOLDERS - {folder}:
+            for known in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+                del sys.modules[known]
+    _FOLDERS.add(folder)
+    importlib.invalidate_caches()
     sys.path.insert(0, str(folder))
     try:
         yield
