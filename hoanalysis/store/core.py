@@ -207,10 +207,8 @@ class Store:
         filename = plans.next_name(self.folder / "plans", name, data)
         with explained("register the study", self.folder / "plans" / filename, self._kept):
             self._put(self.folder / "plans" / filename, data)
-        if len(plan.get("units", ())) > _MANY_UNITS:
-            self._note(
-                f"the study {name!r} asks for {len(plan['units'])} units, one file each: larger data shards make fewer"
-            )
+        if (count := plans.unit_count(plan)) > _MANY_UNITS:
+            self._note(f"the study {name!r} asks for {count} units, one file each: larger data shards make fewer")
         return [] if before is None else list(plans.difference(before.get("study", {}), plan.get("study", {})))
 
     def _before(self, name: str) -> dict[str, Any] | None:

@@ -98,6 +98,19 @@ def decode(file: PlanFile) -> dict[str, Any]:
     return json.loads(data)
 
 
+def unit_count(plan: Any) -> int:
+    """How many units a plan names: the entries of its lists called ``units``, at any depth.
+
+    >>> unit_count({"steps": [{"units": [{"shard": 0}, {"shard": 1}]}, {"units": [{"shard": 0}]}]})
+    3
+    """
+    if isinstance(plan, list):
+        return sum(map(unit_count, plan))
+    if not isinstance(plan, dict):
+        return 0
+    return sum(len(v) if k == "units" and isinstance(v, list) else unit_count(v) for k, v in plan.items())
+
+
 def difference(old: Any, new: Any, path: str = "study") -> Iterator[str]:
     """What changed between two JSON documents, a line a value.
 
