@@ -66,7 +66,7 @@ def _summaries(model: _Polynomial, theta: Array, owner: NDArray[np.int64], order
     variables: dict = {"loss": ((), float(share @ loss)), "loss_se": ((), error)}
     for d, full in enumerate(derivatives, 1):
         spec = f"b{letters[:d]}," + ",".join(f"{p}{s}" for p, s in zip(letters[:d], "stu", strict=False))
-        values = np.einsum(f"{spec}->b{'stu'[:d]}", full, *[u] * d)
+        values = np.einsum(f"{spec}->b{'stu'[:d]}", full, *[u] * d, optimize=True)
         name, dims = schema.derivative(d), schema.group_dims(d)
         if d > order:
             values, name, dims = np.einsum("bsss->bs", values), schema.diagonal(d), schema.group_dims(1)

@@ -40,13 +40,13 @@ def matrix(
     values = np.asarray(array.values, dtype=float)
     shown = np.append(values, limit) if limit else values
     norm = style.signed_norm(shown, scale or style.auto_scale(values))
-    ax = style.axes(ax, *_size(len(values)))
+    ax = style.axes(ax, *_size(array))
     if not np.isfinite(values).any():
         return style.nothing(ax, f"{array.attrs['long_name']}: nothing computed at {_when(array)}")
     _cells(ax, array, norm, style.SIGNED)
     _dots(ax, values, np.asarray(error_of(array).values, dtype=float))
     _colorbar(ax, array, norm)
-    ax.set_title(f"{TITLES[which]}{_regularized(regularization, epsilon)}, {_when(array)}")
+    ax.set_title(f"{TITLES[which]}{_regularized(regularization, epsilon)}, {_when(array)}", fontsize="medium")
     return ax
 
 
@@ -69,9 +69,8 @@ def blocks(
     norm = style.signed_norm(values, scale or style.auto_scale(values))
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    largest = max(max(a.shape) for a in found.values())
-    width, height = _size(largest)
-    panels = style.split(style.axes(ax, 0.85 * width * columns, 0.95 * height * rows), rows, columns)
+    width, height = _size(*found.values())
+    panels = style.split(style.axes(ax, (width - 1.2) * columns + 1.2, height * rows + 0.4), rows, columns)
     for panel, (name, array) in zip(panels, found.items(), strict=False):
         _cells(panel, array, norm, style.SIGNED)
         _dots(panel, np.asarray(array.values, float), np.asarray(error_of(array).values, float))
@@ -93,7 +92,7 @@ def errors(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
     """
     array = frames.relative_errors(ds, step)
     values = np.asarray(array.values, dtype=float)
-    ax = style.axes(ax, *_size(len(values)))
+    ax = style.axes(ax, *_size(array))
     if not np.isfinite(values).any():
         return style.nothing(ax, f"no standard errors at {_when(array)}")
     norm = LogNorm(1e-3, 10.0, clip=True)
@@ -101,13 +100,16 @@ def errors(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
     _marks(ax, values > 1 / style.BAND, "x")
     bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, extend="both")
     bar.set_label("standard error / |entry|\ncrosses: within 2 standard errors of 0", fontsize="small")
-    ax.set_title(f"Relative standard errors of the pseudo-Hessian, {_when(array)}")
+    ax.set_title(f"Relative standard errors of the pseudo-Hessian, {_when(array)}", fontsize="medium")
     return ax
 
 
-def _size(n: int) -> tuple[float, float]:
-    side = min(2.6 + 0.34 * max(n, 3), 13.0)
-    return side + 1.2, side
+def _size(*arrays: xr.DataArray) -> tuple[float, float]:
+    """Inches for one panel: cells, the longest label on both sides, the colour bar and its words."""
+    n = max(max(array.shape) for array in arrays)
+    names = [style.text(g) for array in arrays for dim in array.dims for g in array[dim].values]
+    cells, label = min(max(0.34 * n, 2.8), 11.0), 0.075 * max(map(len, names), default=0)
+    return cells + label + 1.8, cells + label + 0.6
 
 
 def _when(array: xr.DataArray) -> str:
@@ -158,8 +160,8 @@ def _colorbar(ax: Axes, array: xr.DataArray, norm: Normalize) -> None:
         bar.set_ticks(ticks, labels=[_power(t) for t in ticks])
         bar.ax.minorticks_off()
     units = {"1": "no unit"}.get(array.attrs["units"], array.attrs["units"])
-    log = ", signed log scale" if ticks else ""
-    bar.set_label(f"{array.attrs['long_name']} [{units}]{log}\ndots: within 2 standard errors of 0", fontsize="small")
+    log = "signed log scale\n" if ticks else ""
+    bar.set_label(f"{array.attrs['long_name']} [{units}]\n{log}dots: within 2 standard errors of 0", fontsize="small")
 
 
 def _power(value: float) -> str:
