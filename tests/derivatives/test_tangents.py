@@ -58,8 +58,8 @@ def test_losses(name):
 @pytest.mark.parametrize("kind", ["layer", "kind", "trivial", "split"])
 def test_partitions(name, kind):
     case = ARCHITECTURES[name]()
-    patterns = {"*": (0, 1)} if name == "vit" else {"*": (0, 1)}
-    patterns = {n: (0, 3) for n, p in case.model.named_parameters() if p.shape[0] % 3 == 0} or patterns
+
+    patterns = {n: (0, 3) for n, p in case.model.named_parameters() if p.shape[0] % 3 == 0}
     build = {
         "layer": Partition.by_layer,
         "kind": Partition.by_kind,

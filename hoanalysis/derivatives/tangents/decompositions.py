@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hoanalysis.derivatives.tangents.rules.normalize import normalize
+from hoanalysis.derivatives.tangents.rules.product import scale_shift
 
 aten = torch.ops.aten
 DECOMPOSITIONS: dict[Callable, Callable] = {}
@@ -33,10 +34,11 @@ def _shape(b: Any, x: Any) -> list[int]:
 
 
 def _affine(b: Any, y: Any, weight: Any, bias: Any, shape: Sequence[int] | None = None) -> Any:
-    for op, c in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
-        if c is not None:
-            y = b(op, y, c if shape is None else b(aten.view.default, c, list(shape)))
-    return y
+    weight, bias = (c if c is None or shape is None else b(aten.view.default, c, list(shape)) for c in (weight, bias))
+    if weight is not None and bias is not None:
+        return b(scale_shift, y, weight, bias)
+    y = y if weight is None else b(aten.mul.Tensor, y, weight)
+    return y if bias is None else b(aten.add.Tensor, y, bias)
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

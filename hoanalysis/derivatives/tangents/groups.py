@@ -55,6 +55,14 @@ def _index(groups: Groups) -> Tensor:
     return torch.tensor(groups, dtype=torch.long)
 
 
+def _block(tensor: Tensor, *groups: Groups) -> Tensor | None:
+    """The block of a tensor that some contiguous sets of groups span, as a view; None where one is not contiguous."""
+    for g in groups:
+        if not g or g[-1] - g[0] != len(g) - 1:
+            return None
+    return tensor[tuple(slice(g[0], g[-1] + 1) for g in groups)]
+
+
 class Sums:
     """D1, D2, D3 and the third diagonal of one batch, in float64, over groups in the order of first use."""
 
@@ -68,32 +76,36 @@ class Sums:
     def add1(self, groups: Groups, values: Tensor) -> None:
         self.D1[_index(groups)] += values.double()
 
+    @staticmethod
+    def _add(tensor: Tensor, groups: tuple[Groups, ...], values: Tensor) -> None:
+        if (block := _block(tensor, *groups)) is not None:
+            block += values
+            return
+        d = len(groups)
+        index = tuple(_index(g).view([-1 if i == j else 1 for j in range(d)]) for i, g in enumerate(groups))
+        tensor.index_put_(index, values, accumulate=True)
+
     def add2(self, a: Groups, b: Groups, values: Tensor, both: bool = False) -> None:
         """D2[a, b] += values of shape (len(a), len(b)), and the transpose too where ``both``."""
-        i, j = _index(a), _index(b)
         values = values.double()
-        self.D2[i[:, None], j] += values
+        self._add(self.D2, (a, b), values)
         if both:
-            self.D2[j[:, None], i] += values.T
+            self._add(self.D2, (b, a), values.T)
 
     def add3_pairs(self, pair: Groups, other: Groups, values: Tensor) -> None:
         """The three placements of values[s, t, r], symmetric in s and t: D3 += G_str + G_srt + G_rst."""
         assert self.D3 is not None
-        i, r = _index(pair), _index(other)
         values = values.double()
-        a, b, c = i[:, None, None], i[None, :, None], r[None, None, :]
-        self.D3[a, b, c] += values
-        self.D3[a, c.transpose(1, 2), b.transpose(1, 2)] += values.transpose(1, 2)
-        self.D3[r[:, None, None], i[None, :, None], i[None, None, :]] += values.permute(2, 0, 1)
+        self._add(self.D3, (pair, pair, other), values)
+        self._add(self.D3, (pair, other, pair), values.transpose(1, 2))
+        self._add(self.D3, (other, pair, pair), values.permute(2, 0, 1))
 
     def add3_six(self, groups: tuple[Groups, Groups, Groups], values: Tensor) -> None:
         """All six placements of values[r, s, t]."""
         assert self.D3 is not None
-        index = [_index(g) for g in groups]
         values = values.double()
         for p in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
-            a, b, c = (index[i] for i in p)
-            self.D3[a[:, None, None], b[None, :, None], c[None, None, :]] += values.permute(p)
+            self._add(self.D3, (groups[p[0]], groups[p[1]], groups[p[2]]), values.permute(p))
 
     def add_diagonal(self, groups: Groups, values: Tensor) -> None:
         assert self.diagonal is not None

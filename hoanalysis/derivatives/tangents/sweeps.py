@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.graph import Graph, Node, substitute
+from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, substitute
 from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack, Stacks
 
@@ -63,31 +63,44 @@ def assemble(parts: list[Stack], shape: tuple[int, ...]) -> Stack:
     """The sum of some stacks over the union of their groups."""
     if len(parts) == 1:
         return parts[0]
-    groups: Groups = ()
-    for p in parts:
-        groups = union(groups, p.groups)
-    out = parts[0].data.new_empty(len(groups), *shape)
-    written: set[int] = set()
-    for p in sorted(parts, key=lambda p: -len(p.groups)):
-        old = tuple(g for g in p.groups if g in written)
-        new = tuple(g for g in p.groups if g not in written) if old else p.groups
-        if new:
-            out[rows(new, groups)] = p.data if new == p.groups else p.data[rows(new, p.groups)]
-        if old:
-            where = rows(old, groups)
-            data = p.data if old == p.groups else p.data[rows(old, p.groups)]
-            if isinstance(where, slice):
-                out[where] += data
-            else:
-                out.index_add_(0, where, data.contiguous())
-        written.update(p.groups)
-    return Stack(groups, out)
+    return _sum([(p.groups, p.data, None) for p in parts], shape)
 
 
 def push_node(n: Node, local: Local, tangents: Stacks) -> Stack:
     """The first-order tangents of a node."""
     assert n.shape is not None
-    return assemble([Stack(t.groups, local.push(key, t.data)) for key, t in tangents.items()], n.shape)
+    if len(tangents) == 1:
+        ((key, t),) = tangents.items()
+        return Stack(t.groups, local.push(key, t.data))
+    return _sum([(t.groups, t.data, (local, key)) for key, t in tangents.items()], n.shape)
+
+
+def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], shape: tuple[int, ...]) -> Stack:
+    """The sum of stacks, each pushed through a rule where one is given, straight into its rows of the result."""
+    groups: Groups = ()
+    for g, _, _ in parts:
+        groups = union(groups, g)
+    out = parts[0][1].new_empty(len(groups), *shape)
+    written: set[int] = set()
+    for have, data, through in sorted(parts, key=lambda p: -len(p[0])):
+        where = rows(have, groups)
+        if written.isdisjoint(have) and isinstance(where, slice):
+            if through is None:
+                out[where] = data
+            else:
+                through[0].push_into(through[1], data, out[where])
+        else:
+            pushed = data if through is None else through[0].push(through[1], data)
+            if new := tuple(g for g in have if g not in written):
+                out[rows(new, groups)] = pushed[rows(new, have)]
+            old = tuple(g for g in have if g in written)
+            into = rows(old, groups)
+            if isinstance(into, slice):
+                out[into] += pushed[rows(old, have)]
+            else:
+                out.index_add_(0, into, pushed[rows(old, have)].contiguous())
+        written.update(have)
+    return Stack(groups, out)
 
 
 def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mapping[int, Stack], sums: Sums) -> None:
@@ -99,7 +112,6 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
         tangents = {key: T[i] for key, i in n.sources.items()}
         if n.curved and lam:
             rule.second(sums, lam[n.index], tangents)
-            rule.release()
         if sums.diagonal is not None:
             bents = {key: bent[i] for key, i in n.sources.items() if i in bent}
             if n.curved:
@@ -111,6 +123,7 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
                 assert n.shape is not None
                 bent[n.index] = assemble(parts, n.shape)
         T[n.index] = push_node(n, rule, tangents)
+        rule.release()
         del tangents
         for i in set(n.sources.values()):
             if graph.last_live_use[i] == n.index:

@@ -61,6 +61,10 @@ class Local:
     def push(self, key: Key, stack: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        """`push` written to ``out``: worth overriding where it saves a copy of the whole stack."""
+        out.copy_(self.push(key, stack))
+
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -80,7 +84,7 @@ class Local:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Drop what was kept between `second` and `pull_second`."""
+        """Drop what `second` kept for the calls after it."""
 
 
 _RULES: dict[Callable, type[Local]] = {}

@@ -53,6 +53,17 @@ class Normalize(Local):
     def _centred(self, rows: Tensor) -> Tensor:
         return rows - rows.mean(-1, keepdim=True) if self.center else rows
 
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    def _tilde(self, x: Stack) -> Tensor:
+        """a~ as (k, M, n), kept until `release`: the second-order term and the push both need it."""
+        if self._kept is None or self._kept[0] is not x.data:
+            self._kept = (x.data, self._centred(self._rows(x.data)))
+        return self._kept[1]
+
+    def release(self) -> None:
+        self._kept = None
+
     def _rows(self, stack: Tensor) -> Tensor:
         """A stack as (k, M, n)."""
         return stack.reshape(len(stack), -1, self.n)
@@ -62,7 +73,8 @@ class Normalize(Local):
         return torch.matmul(stack.transpose(0, 1), rows[:, :, None]).squeeze(-1).T
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
-        T = self._centred(self._rows(stack))
+        kept = self._kept is not None and self._kept[0] is stack
+        T = self._kept[1] if kept and self._kept is not None else self._centred(self._rows(stack))
         along = (T * self.y).mean(-1, keepdim=True)
         return (T - along * self.y).mul_(self.r).view(len(stack), *self.shape)
 
@@ -78,7 +90,7 @@ class Normalize(Local):
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._centred(self._rows(x.data))
+        T = self._tilde(x)
         alpha, beta, gamma, r = self._scalars(lam, T)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
         weighted = (T * (-gamma * r**3 / self.n)[:, None]).flatten(1)
@@ -86,7 +98,7 @@ class Normalize(Local):
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._centred(self._rows(x.data))
+        T = self._tilde(x)
         k = len(T)
         alpha, beta, gamma, r = self._scalars(lam, T)
         by_row = T.transpose(0, 1)  # (M, k, n)
@@ -107,7 +119,7 @@ class Normalize(Local):
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
-        T = self._centred(self._rows(x.data))
+        T = self._tilde(x)
         alpha, beta, gamma, r = self._scalars(lam, T)
         on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
         out = on_c[..., None] * self.c
@@ -117,7 +129,7 @@ class Normalize(Local):
 
     def bend(self, tangents: Stacks) -> Stack:
         ((_, x),) = tangents.items()
-        T = self._centred(self._rows(x.data))
+        T = self._tilde(x)
         alpha, r = self._dot(T, self.c / self.n), self.r[:, 0]
         twice = 3 * r**5 * alpha**2 - r**3 * T.square().mean(-1)
         out = (-2 * r**3 * alpha)[..., None] * T + twice[..., None] * self.c
@@ -125,7 +137,7 @@ class Normalize(Local):
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._centred(self._rows(x.data))
+        T = self._tilde(x)
         alpha, beta, gamma, r = self._scalars(lam, T)
         A = T.square().mean(-1)
         twice = 3 * r**5 * alpha**2 - r**3 * A

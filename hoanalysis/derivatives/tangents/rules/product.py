@@ -173,6 +173,8 @@ class Product(Local):
 class Multiply(Product):
     """a * b with broadcasting. A number as one factor makes it linear."""
 
+    keys = (0, 1)
+
     def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
         if op is aten.div.Scalar:
             args = (args[0], 1 / args[1])
@@ -195,6 +197,12 @@ class Multiply(Product):
         out = self._times(a, b, stacked_a, stacked_b)
         return spread(out, self.value.shape) if stacked_a or stacked_b else out
 
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        if key == 0 or key == 1:
+            torch.mul(lift(stack, self.value.dim()), self.b if key == 0 else self.a, out=out)
+        else:
+            out.copy_(self.push_bias(stack))
+
     def pull_a(self, y: Tensor, b: Tensor, stacked_y: bool, stacked_b: bool) -> Tensor:
         out = self._times(y, b, stacked_y, stacked_b)
         return sum_to(out, self.a.shape).to(self.a.dtype) if stacked_y or stacked_b else out
@@ -202,6 +210,25 @@ class Multiply(Product):
     def pull_b(self, y: Tensor, a: Tensor, stacked_y: bool, stacked_a: bool) -> Tensor:
         out = self._times(y, a, stacked_y, stacked_a)
         return sum_to(out, self.b.shape).to(self.b.dtype) if stacked_y or stacked_a else out
+
+
+def scale_shift(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """weight * x + bias with broadcasting: the affine part of a norm, as one node."""
+    return torch.addcmul(bias, weight, x)
+
+
+@rule(scale_shift)
+class ScaleShift(Multiply):
+    """`Multiply`, and a bias."""
+
+    def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
+        Product.__init__(self, op, args, kwargs, keys, order)
+
+    def push_bias(self, stack: Tensor) -> Tensor:
+        return spread(stack, self.value.shape)
+
+    def pull_bias(self, stack: Tensor) -> Tensor:
+        return sum_to(stack, self.args[2].shape)
 
 
 @rule(aten.linear.default)
@@ -227,6 +254,14 @@ class LinearLayer(Product):
         y = y.reshape(len(y), -1, y.shape[-1]) if stacked_y else y.reshape(-1, y.shape[-1])
         a = a.reshape(len(a), -1, a.shape[-1]) if stacked_a else a.reshape(-1, a.shape[-1])
         return torch.matmul(y.mT, a)
+
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        if key == 0:
+            torch.mm(stack.reshape(-1, stack.shape[-1]), self.b.mT, out=out.view(-1, out.shape[-1]))
+        elif key == 1 and len(stack) == 1:
+            torch.mm(self.a.reshape(-1, self.a.shape[-1]), stack[0].mT, out=out.view(-1, out.shape[-1]))
+        else:
+            out.copy_(self.push(key, stack))
 
     def push_bias(self, stack: Tensor) -> Tensor:
         return spread(stack, self.value.shape)

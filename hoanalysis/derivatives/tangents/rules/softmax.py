@@ -28,6 +28,7 @@ class _Moments(Local):
 
     kind = "softmax"
     p: Tensor
+    _kept: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
         self.value = op(*args, **kwargs)
@@ -36,6 +37,15 @@ class _Moments(Local):
     @classmethod
     def is_curved(cls, keys: frozenset) -> bool:
         return True
+
+    def _centred(self, x: Stack) -> Tensor:
+        """T~, kept until `release`: the second-order term and the push both need it."""
+        if self._kept is None or self._kept[0] is not x.data:
+            self._kept = (x.data, x.data - self._mean(x.data))
+        return self._kept[1]
+
+    def release(self) -> None:
+        self._kept = None
 
     def _mean(self, stack: Tensor) -> Tensor:
         return (stack * self.p).sum(self.axis, keepdim=True)
@@ -50,12 +60,12 @@ class _Moments(Local):
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = x.data - self._mean(x.data)
+        T = self._centred(x)
         sums.add2(x.groups, x.groups, (T * self._weight(lam)).flatten(1) @ T.flatten(1).T)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = x.data - self._mean(x.data)
+        T = self._centred(x)
         groups, R = x.groups, self._own_third(lam, T)
         if lamT is not None:
             groups, R = add_rows(lamT.groups, self._weight(lamT.data), x.groups, R)
@@ -63,7 +73,7 @@ class _Moments(Local):
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = x.data - self._mean(x.data)
+        T = self._centred(x)
         sums.add_diagonal(x.groups, 3 * (T * T * self._own_third(lam, T)).flatten(1).sum(1))
         for x2 in bent.values():
             t = take(T, x.groups, x2.groups)
@@ -80,13 +90,15 @@ class Softmax(_Moments):
         self.p = self.value
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
-        return (stack - self._mean(stack)).mul_(self.p)
+        if self._kept is not None and self._kept[0] is stack:
+            return self._kept[1] * self.p
+        return self.pull(key, stack)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
-        return self.push(key, stack)
+        return (stack - self._mean(stack)).mul_(self.p)
 
     def _weight(self, lam: Tensor) -> Tensor:
-        return self.push(0, lam)
+        return self.pull(0, lam)
 
     def _own_third(self, lam: Tensor, centred: Tensor) -> Tensor:
         w = self._weight(lam)
@@ -95,12 +107,12 @@ class Softmax(_Moments):
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
-        weighted = (x.data - self._mean(x.data)).mul_(self._weight(lam))
+        weighted = self._centred(x) * self._weight(lam)
         return Stack(x.groups, weighted - weighted.sum(self.axis, keepdim=True) * self.p)
 
     def bend(self, tangents: Stacks) -> Stack:
         ((_, x),) = tangents.items()
-        squares = (x.data - self._mean(x.data)).square_()
+        squares = self._centred(x).square()
         return Stack(x.groups, (squares - self._mean(squares)).mul_(self.p))
 
 
@@ -113,6 +125,8 @@ class LogSoftmax(_Moments):
         self.p = self.value.exp()
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
+        if self._kept is not None and self._kept[0] is stack:
+            return self._kept[1]
         return stack - self._mean(stack)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
@@ -126,9 +140,9 @@ class LogSoftmax(_Moments):
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
-        return Stack(x.groups, (x.data - self._mean(x.data)).mul_(self._weight(lam)))
+        return Stack(x.groups, self._centred(x) * self._weight(lam))
 
     def bend(self, tangents: Stacks) -> Stack:
         ((_, x),) = tangents.items()
-        variance = self._mean((x.data - self._mean(x.data)).square_())
+        variance = self._mean(self._centred(x).square())
         return Stack(x.groups, (-variance).expand_as(x.data))
