@@ -22,6 +22,7 @@ import nbformat
 import numpy as np
 import xarray as xr
 
+from hoanalysis.analysis.findings import findings
 from hoanalysis.errors import HoError, ReportError, listed, nearest
 from hoanalysis.store import Store, export
 from hoanalysis.study import StudySpec
@@ -109,8 +110,6 @@ def _one(render: _Render, outcome: Outcome, progress: bool, say: Say) -> Outcome
         datasets = compute(render.spec, outcome, progress, say)
         outcome.dataset = next(iter(datasets))
         ds = datasets[outcome.dataset]
-        from hoanalysis.analysis.findings import findings
-
         outcome.findings = findings(ds, render.spec.log())
         outcome.losses = np.atleast_1d(ds["loss"].values).tolist()
         say(f"{outcome.name}: executing {render.notebook.name}")
@@ -137,7 +136,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
             plan = work.plan(work.steps(run), series=True)
             for line in store.register(work.name, plan):
                 say(f"{outcome.name}: {line}")
-            outcome.units += len(plan["steps"])
+            outcome.units += sum(len(step["units"]) for step in plan["steps"])
             outcome.computed += work.fill(store, run, plan, progress)
             ds = units.assemble(plan, store.read)
             name = "summaries.nc" if k == 0 else f"summaries-{work.name}.nc"
@@ -182,12 +181,13 @@ class _Render:
             log = self.spec.folder / self.spec.checkpoints.folder / str(self.spec.checkpoints.log)
             automatic["log"] = os.path.relpath(log, folder)
         parameters = {k: v for k, v in automatic.items() if k in self.declared} | self.parameters
-        temporary, reason = folder / f".{NOTEBOOK}.{os.getpid()}", ""
+        temporary, reason = folder / f".executing-{os.getpid()}.ipynb", ""
         logging.getLogger("papermill").setLevel(logging.ERROR)  # its log repeats the traceback that the notebook has
         try:
             papermill.execute_notebook(
                 str(self.notebook), str(temporary), parameters, cwd=str(folder), progress_bar=False,
                 log_output=False, kernel_name="python3", execution_timeout=CELL_TIMEOUT,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip
             reason = unfinished(nbformat.read(temporary, as_version=4))
         except KeyboardInterrupt:
@@ -346,13 +346,6 @@ def sparkline(values: Sequence[float], width: int = 120, height: int = 24) -> st
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[finite], y[finite], strict=True))
     curve = f'<polyline points="{points}" fill="none" stroke="#1a4f8b"/>'
     return f'<svg width="{width}" height="{height}" role="img" aria-label="loss">{curve}</svg>'
-
-
-def bullets(lines: Sequence[str]):
-    """Sentences as an escaped list for a notebook cell to show."""
-    from IPython.display import HTML
-
-    return HTML("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
 
 
 # ---- files ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,13 +23,15 @@ from hoanalysis.checkpoints import Checkpoint, Run, fit, load_checkpoint
 from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate
 from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.directions import Direction, Recipe, group_norms
 from hoanalysis.directions import resolve as resolve_direction
-from hoanalysis.errors import ArgumentError, NumericsError, listed
+from hoanalysis.errors import ArgumentError, CheckpointError, NumericsError, listed
 from hoanalysis.partitions import Partition, describe_parameters
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows
 from hoanalysis.store import Store
+from hoanalysis.store.container import canonical
 
 MAX_ENTRIES = 2**27  # of one tensor: 1 GiB of float64
 
@@ -176,8 +179,9 @@ def summarize_run(
     work = Work(problem, Settings(order, **options))
     plan = work.plan(work.steps(run), series=True)
     if store is None:
-        made = {s["sha256"]: work.unit(run[i], run, progress=progress) for i, s in _each(plan, progress)}
-        return units.assemble(plan, lambda key: made[key["checkpoint"]])
+        wanted = [(i, canonical(k)) for i, s in enumerate(plan["steps"]) for k in s["units"]]
+        made = {k: work.unit(run[i], run, progress=False) for i, k in _bar(wanted, progress, "checkpoints")}
+        return units.assemble(plan, lambda key: made[canonical(key)])
     with Store.open(store, mode="w") as opened:
         opened.register(work.name, plan)
         work.fill(opened, run, plan, progress)
@@ -337,7 +341,9 @@ class Work:
         out = []
         for i, (label, sha) in enumerate(zip(run.steps, shas, strict=True)):
             relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(self.direction_name, [])
-            out.append({"step": label, "sha256": sha, "units": [self.key(sha, relatives)]})
+            # The last checkpoint has no next one: its row stays NaN.
+            impossible = self.direction_name == "to:next" and not relatives
+            out.append({"step": label, "sha256": sha, "units": [] if impossible else [self.key(sha, relatives)]})
         return out
 
     # ---- units --------------------------------------------------------------------------------------------------
@@ -354,12 +360,12 @@ class Work:
             self.problem.cache["deterministic"] = identity
         u = self.direction(state, checkpoint, run, progress, store)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory)
-        engine = engines.choose(task, s.engine)
-        error = self._self_check(task, engine, identity) if s.self_check else float("nan")
-        sums = accumulate(
-            engine, max_batches=s.max_batches, tolerance=s.tolerance, keep_batches=s.keep_batches,
-            progress=lambda it: _bar(it, progress, "batches"),
-        )  # fmt: skip
+        engine = engines.choose(task, s.engine, check_all=s.self_check)
+        try:
+            error, sums = self._run(engine, identity, progress)
+        except TangentsUnsupported as reason:
+            engine = engines.fall_back(task, s.engine, reason)
+            error, sums = self._run(engine, identity, progress)
         norms = {
             "direction_norm": group_norms(u.tensors, self.partition),
             "parameter_norm": group_norms(state.parameters, self.partition),
@@ -369,10 +375,20 @@ class Work:
             "engine_detail": "; ".join(dict.fromkeys(task.notes)),
             "self_check": error,
             "suspect": bool(error > engines.tolerance(state)),
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "torch_threads": torch.get_num_threads(),
             "direction": u.provenance,
         }
         return sums.unit(norms, facts)
+
+    def _run(self, engine: engines.Engine, identity: tuple, progress: bool) -> tuple[float, units.Accumulator]:
+        """The self-check and one pass over the data."""
+        s = self.settings
+        error = self._self_check(engine.task, engine, identity) if s.self_check else float("nan")
+        return error, accumulate(
+            engine, max_batches=s.max_batches, tolerance=s.tolerance, keep_batches=s.keep_batches,
+            progress=lambda it: _bar(it, progress, "batches"),
+        )  # fmt: skip
 
     def _self_check(self, task: engines.Task, engine: engines.Engine, identity: tuple) -> float:
         """The self-check, once for the same weights, partition, orders and engine."""
@@ -384,10 +400,11 @@ class Work:
 
     def fill(self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool) -> int:
         """Compute and publish what the plan asks for and the store lacks; how many units that were."""
-        missing = [(i, s["units"][0]) for i, s in enumerate(plan["steps"]) if store.read(s["units"][0]) is None]
+        wanted = [(i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]]
+        missing = [(i, key) for i, key in wanted if store.read(key) is None]
         for i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
             unit = self.unit(run[i], run, store=store, progress=False)
-            store.publish(key, unit)
+            store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key["checkpoint"]))
         return len(missing)
 
     # ---- the plan -----------------------------------------------------------------------------------------------
@@ -441,10 +458,9 @@ class Work:
             "direction": self.direction_name,
             "partition": p.name,
             "dtype": str(self.dtype or next(self.problem.model.parameters()).dtype).removeprefix("torch."),
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "creation_library": "hoanalysis",
             "creation_library_version": __version__,
-            "torch_version": torch.__version__,
+            "torch_version": str(torch.__version__),
             "torch_threads": torch.get_num_threads(),
             "provenance": json.dumps(provenance, sort_keys=True),
         }
@@ -509,12 +525,19 @@ def _refuse_nonfinite(state: State) -> None:
         )
 
 
+def _refuse_replaced(run: Run, position: int, sha256: str) -> None:
+    """A checkpoint that was replaced while its summaries were computed would be stored under the wrong digest."""
+    if run.sha256(position) != sha256:
+        raise CheckpointError(
+            "the checkpoint was replaced while its summaries were computed",
+            where=str(run.paths[position]),
+            do="call again when training has finished writing it",
+            kept="nothing was written for it; finished units are kept",
+        )
+
+
 # ---- progress ---------------------------------------------------------------------------------------------------
 
 
 def _bar(iterable: Iterable, show: bool, what: str, total: int | None = None) -> Iterator:
     return iter(tqdm(iterable, desc=what, total=total, disable=not show, leave=False))
-
-
-def _each(plan: Mapping[str, Any], show: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _bar(list(enumerate(plan["steps"])), show, "checkpoints")

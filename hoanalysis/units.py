@@ -189,7 +189,8 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     read
         Key -> unit, or None where it is not there.
     """
-    steps = [_one_step(plan, step, read) for step in plan["steps"]]
+    facts: list[dict[str, Any]] = []
+    steps = [_one_step(plan, step, read, facts) for step in plan["steps"]]
     ds = _stacked(steps) if plan["series"] else steps[0]
     if plan["series"]:
         ds = ds.assign_coords({schema.STEP: [s["step"] for s in plan["steps"]]})
@@ -203,6 +204,8 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
         ds = ds.assign_coords({name: (schema.GROUP, np.array(values, dtype=dtype))})
     ds.attrs = {
         **plan["attrs"],
+        "created_at": max((f.get("created_at", "") for f in facts), default=""),
+        "suspect": sum(bool(f.get("suspect")) for f in facts),
         "n_samples": int(np.max(ds["n_samples"].values)),
         "coverage": float(ds["units_read"].sum()) / max(sum(len(step["units"]) for step in plan["steps"]), 1),
     }
@@ -210,9 +213,15 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
 
 
 def _one_step(
-    plan: Mapping[str, Any], step: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dataset | None]
+    plan: Mapping[str, Any],
+    step: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], xr.Dataset | None],
+    all_facts: list[dict[str, Any]],
 ) -> xr.Dataset:
+    """One checkpoint; what its units say of themselves is added to ``all_facts``."""
     shards = [unit for unit in map(read, step["units"]) if unit is not None]
+    own = [json.loads(unit.attrs["unit"]) for unit in shards]
+    all_facts += own
     s = len(plan["groups"]["label"])
     if not shards:
         ds = xr.Dataset(
@@ -227,11 +236,11 @@ def _one_step(
     else:
         unit = add_shards(shards)
         ds = summary(unit, plan["reduction"])
-        facts = json.loads(shards[0].attrs["unit"])
+        facts = own[0]
         n_batches, n_samples = int(unit["n_batches"]), int(unit["n_samples"])
         coords = {k: unit[k].values for k in schema.GROUP_COORDS_BY_STEP}
     ds["n_samples"], ds["units_read"] = ((), n_samples), ((), len(shards))
-    checks = [json.loads(u.attrs["unit"]).get("self_check", np.nan) for u in shards]
+    checks = [f.get("self_check", np.nan) for f in own]
     return ds.assign_coords(
         sha256=((), step.get("sha256", "")),
         engine=((), facts.get("engine", "")),

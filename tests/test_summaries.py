@@ -1,5 +1,6 @@
 """summarize, summarize_run and taylor_terms: the exact identities of the summaries, statistics, labels, bookkeeping."""
 
+import functools
 import itertools
 import json
 
@@ -36,6 +37,12 @@ def make_problem(batches=None, model=None) -> ho.Problem:
     return ho.Problem(model or make_model(), batches or make_batches(), F.cross_entropy)
 
 
+@functools.cache
+def shared_problem() -> ho.Problem:
+    """One problem for all examples of a property test, so that its graphs are captured once."""
+    return make_problem()
+
+
 def direction(model: nn.Module, seed: int = 5) -> dict[str, torch.Tensor]:
     return oracles.random_like(dict(model.named_parameters()), seed)
 
@@ -70,7 +77,7 @@ def test_tensors_are_symmetric(engine: str) -> None:
     engine=st.sampled_from(ENGINES),
 )
 def test_scaling_a_group_scales_its_entries(c: list[float], engine: str) -> None:
-    problem = make_problem()
+    problem = shared_problem()
     u = direction(problem.model)
     ds = summarize(problem, engine=engine)
     scaled = summarize(problem, engine=engine, direction={n: s * u[n] for s, n in zip(c, u, strict=True)})
@@ -84,7 +91,7 @@ def test_scaling_a_group_scales_its_entries(c: list[float], engine: str) -> None
 @settings(max_examples=8, deadline=None)
 @given(owner=st.lists(st.integers(0, 3), min_size=6, max_size=6), engine=st.sampled_from(ENGINES))
 def test_merging_groups_sums_slices(owner: list[int], engine: str) -> None:
-    problem = make_problem()
+    problem = shared_problem()
     fine = ho.Partition.canonical(problem.model)
     groups = {f"g{k}": [x for x, o in zip(fine.labels, owner, strict=True) if o == k] for k in sorted(set(owner))}
     coarse = fine.merge(groups)
@@ -199,10 +206,10 @@ def test_tolerance_stops_early_and_says_after_how_many_batches() -> None:
     strict = summarize(problem, 1, tolerance=1e-9)
     assert int(loose.n_batches) == 8
     assert int(strict.n_batches) == len(batches)
-    middle = summarize(problem, 1, tolerance=0.1)
+    middle = summarize(problem, 1, tolerance=0.4)
     assert 8 < int(middle.n_batches) < len(batches)
     size = abs(middle.D1)
-    assert float((middle.D1_se / size).where(size > 0.1 * size.max()).max()) <= 0.1
+    assert float((middle.D1_se / size).where(size > 0.1 * size.max()).max()) <= 0.4
 
 
 # ---- what comes back --------------------------------------------------------------------------------------------
@@ -318,7 +325,7 @@ def test_directions_towards_other_checkpoints(run) -> None:
     problem = make_problem()
     ds = ho.summarize_run(run[:2], problem, 2, direction="to:next", progress=False)
     states = [c.state_dict for c in run]
-    u = {n: states[1][n] - states[0][n] for n in states[0]}
+    u = {n: states[1][n] - states[0][n] for n, _ in problem.model.named_parameters()}
     np.testing.assert_allclose(ds.direction_norm.isel(step=0), [float(t.norm()) for t in u.values()])
     by_hand = ho.summarize(problem, 2, direction=u, checkpoint=run[0], progress=False)
     np.testing.assert_allclose(ds.D2.isel(step=0), by_hand.D2, **EXACT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from hoanalysis.derivatives import nested
 from hoanalysis.derivatives.common import BatchDerivatives, Request
-from hoanalysis.errors import ArgumentError, NumericsError
+from hoanalysis.derivatives.tangents import Program, TangentsUnsupported, capture, capture_key
+from hoanalysis.errors import ArgumentError, ModelError, NumericsError
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
+FEW_GROUPS = 4
 
 
 @dataclass
@@ -77,10 +79,60 @@ class Nested(Engine):
         return nested.derivatives(t.problem, t.state, t.direction, t.partition, batch, t.request)
 
 
-def choose(task: Task, engine: str) -> Engine:
-    """The engine that was asked for; ``auto`` takes ``tangents`` where it can, and says why where it cannot."""
+class Tangents(Engine):
+    """Captured programs, one for each shape of batch, kept with the problem.
+
+    The first batch of each program and state is compared with eager PyTorch (its loss, and D1 with the eager gradient
+    contracted with u), every batch where ``check_all`` is set; a difference raises `TangentsUnsupported`.
+    """
+
+    name = "tangents"
+
+    def __init__(self, task: Task, check_all: bool = True) -> None:
+        super().__init__(task)
+        self.check_all = check_all
+        self.programs: dict[Hashable, Program] = task.problem.cache.setdefault("programs", {})
+        self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
+
+    def chunk(self, batch: Batch) -> BatchDerivatives:
+        t = self.task
+        key = capture_key(t.problem, t.state, batch)
+        if key not in self.programs:
+            self.programs[key] = capture(t.problem, t.state, batch)
+        program = self.programs[key]
+        result = program.derivatives(t.state, t.direction, t.partition, batch, t.request)
+        once = (key, t.partition.fingerprint())
+        if self.check_all or once not in self._checked:
+            program.check(t.problem, t.state, t.direction, t.partition, batch, result)
+            self._checked.add(once)
+        return result
+
+
+def choose(task: Task, engine: str, check_all: bool = True) -> Engine:
+    """The engine that was asked for; ``auto`` is the one of lower predicted cost that can do it.
+
+    That is ``tangents``, but for orders above 3, and for the third order of fewer than `FEW_GROUPS` groups, where the
+    paper's recursion has less to do. Why is in the task's notes.
+    """
     if engine not in ENGINES:
         raise ArgumentError(f"there is no engine {engine!r}", do="use 'auto', 'tangents' or 'nested'")
+    if engine == "nested":
+        return Nested(task)
+    if engine == "auto" and task.request.order >= 3 and len(task.partition) < FEW_GROUPS:
+        task.notes.append(f"nested is cheaper for order {task.request.order} of {len(task.partition)} groups")
+        return Nested(task)
+    return Tangents(task, check_all)
+
+
+def fall_back(task: Task, engine: str, reason: TangentsUnsupported) -> Engine:
+    """The nested engine in place of one that cannot do it, with the reason noted; an error where that was asked for."""
+    if engine == "tangents":
+        raise ModelError(
+            "the engine 'tangents' cannot differentiate this model and loss",
+            why=str(reason),
+            do="use engine='auto': it takes the nested engine where it must, and says so",
+        )
+    task.notes.append(f"nested instead of tangents: {reason}")
     return Nested(task)
 
 
