@@ -284,7 +284,7 @@ def _open_to_write(path: Path) -> Store:
 
 def _version(path: Path) -> int:
     """The version in the manifest; raises `StoreError` where there is no store."""
-    if not os.path.lexists(path):
+    if not _exists(path):
         raise missing(path, "store")
     if not (path / MANIFEST).is_file():
         raise StoreError(
@@ -296,9 +296,18 @@ def _version(path: Path) -> int:
     return readable_manifest(path / MANIFEST)["version"]
 
 
+def _exists(path: Path) -> bool:
+    """Whether something is there; a path that cannot be (a loop of links, too long a name) raises."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _occupied(path: Path) -> bool:
     """Whether something is at ``path`` that a new store may not replace; an empty folder is nothing."""
-    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+    return _exists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _make_ready(path: Path) -> None:
