@@ -12,7 +12,9 @@ import xarray as xr
 
 from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
+from hoanalysis.analysis import laplace as _laplace
 from hoanalysis.analysis import merge as _merge
+from hoanalysis.analysis import pruning as _pruning
 from hoanalysis.analysis import regularizer as _regularizer
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
@@ -74,6 +76,14 @@ class HoAccessor:
     def spectrum(self) -> xr.DataArray:
         """Eigenvalues of the Hessian compressed to the directions; see `analysis.spectra.spectrum`."""
         return _spectra.spectrum(self._ds)
+
+    def saliency(self) -> xr.Dataset:
+        """OBD and OBS scores of groups along u = weights; see `analysis.pruning.saliency`."""
+        return _pruning.saliency(self._ds)
+
+    def laplace(self, prior_precision: float = 1.0, n_samples: float | None = None) -> xr.Dataset:
+        """Sigma = (N D2 + Lambda)^-1 along u = weights; see `analysis.laplace.laplace`."""
+        return _laplace.laplace(self._ds, prior_precision, n_samples)
 
     def null_groups(self) -> xr.DataArray:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
