@@ -125,7 +125,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
     from hoanalysis import units
     from hoanalysis.summaries import Settings, Work
 
-    run, problem = spec.run(), spec.problem()
+    run, problem, _ = spec.run(), spec.problem(), spec.log()  # a log that cannot be read is named now, not at the end
     works = [Work(problem, Settings(**options)) for options in spec.settings()]
     for checkpoint in run:
         works[0].state(checkpoint)  # one that does not fit the model is named before anything is written
@@ -234,10 +234,10 @@ def declared_parameters(notebook: Path) -> list[str]:
 
 def plain(name: str, value: Any) -> Any:
     """A parameter as the JSON-like value that papermill writes without loss; `ReportError` where there is none."""
+    if isinstance(value, np.generic):
+        return value.item()  # before the next line: numpy's float64 is a float, and would be written as np.float64(..)
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (datetime.datetime, datetime.date)):
@@ -314,7 +314,7 @@ def page(executed: nbformat.NotebookNode, title: str) -> str:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True,
-                            exclude_output_prompt=True, embed_images=True, sanitize_html=True)  # fmt: skip
+                            exclude_output_prompt=True, embed_images=True)  # fmt: skip
     body, _ = exporter.from_notebook_node(executed)
     return _PAGE.format(policy=_POLICY, title=html.escape(title), style=_STYLE, body=body)
 

@@ -1,0 +1,104 @@
+"""The command line as its users see it: exit codes, sentences on stderr, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import zeros
+from typer.testing import CliRunner
+
+from hoanalysis import __version__
+from hoanalysis.cli import app
+from tests.test_reports import notebook
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_help_and_version() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "hoanalysis.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("report", "summarize", "show"):
+        assert command in result.stdout
+    assert call("--version").output.strip() == __version__
+
+
+def test_report_says_where_it_is(study: Path, tmp_path: Path) -> None:
+    plain = notebook(tmp_path / "n.ipynb", "print('x is', x)")
+    result = call("report", study, "--out", tmp_path / "out", "--notebook", plain, "-p", "x=41.5", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == f"report: {tmp_path / 'out' / 'index.html'}"
+    assert "x is 41.5" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_summarize_and_show(study: Path, tmp_path: Path) -> None:
+    result = call("summarize", study, "--out", tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    for path in (tmp_path / "out" / "summaries.nc", tmp_path / "out" / "store"):
+        shown = call("show", path)
+        assert shown.exit_code == 0, shown.output
+        assert "D3_diag" in shown.output
+        assert "loss went from" in shown.output
+
+
+def break_key(study: Path) -> None:
+    study.write_text(study.read_text().replace("order = 2", "oder = 2"))
+
+
+def break_model(study: Path) -> None:
+    study.write_text(study.read_text().replace(":model", ":modle"))
+
+
+def break_fit(study: Path) -> None:
+    save_file({"0.weight": zeros(5, 4), "extra": zeros(1)}, study.parent / "step_10.safetensors")
+
+
+def break_file(study: Path) -> None:
+    (study.parent / "step_20.safetensors").write_bytes((study.parent / "step_20.safetensors").read_bytes()[:50])
+
+
+def break_log(study: Path) -> None:
+    (study.parent / "log.csv").unlink()
+
+
+def break_pattern(study: Path) -> None:
+    study.write_text(study.read_text().replace("*.safetensors", "*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (break_key, ["unknown key 'oder' in [summaries]", "did you mean 'order'"]),
+        (break_model, ["has no 'modle'", "did you mean 'model'"]),
+        (break_fit, ["step_10.safetensors", "'extra'", "'0.bias'"]),
+        (break_file, ["step_20.safetensors"]),
+        (break_log, ["no such training log", "log.csv"]),
+        (break_pattern, ["'*.ckpt'"]),
+        (Path.unlink, ["no such study file", "study.toml"]),
+    ],
+)
+def test_each_fault_is_a_sentence_and_nothing_is_written(study: Path, tmp_path: Path, broken, words: list[str]) -> None:
+    broken(study)
+    result = call("report", study, "--out", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    for word in words:
+        assert word in result.output, result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "folder"])
+def test_show_of_something_else(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "thing"
+    if kind == "text":
+        path.write_text("hello")
+    if kind == "folder":
+        path.mkdir()
+    result = call("show", path)
+    assert result.exit_code == 1
+    assert "thing" in result.output
+    assert "Traceback" not in result.output
