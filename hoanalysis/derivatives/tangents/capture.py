@@ -1,8 +1,9 @@
 """Capture: from ``problem.batch_value`` to a graph whose live nodes all have a rule.
 
-`make_fx` traces the call with the batch's real tensors before autograd decomposes it, so that ``no_grad`` and ``detach``
-are seen, and fused ops (linear, layer_norm, attention) arrive whole. Each op is then kept, where it has a rule or is not
-live; taken apart by `decompositions`; taken apart by torch, where it is a composite; or given the generic local rule.
+`make_fx` traces the call with the batch's real tensors before autograd decomposes it, so that ``no_grad`` and
+``detach`` are seen, and fused ops (linear, layer_norm, attention) arrive whole. Each op is then kept, where it has a
+rule or is not live; taken apart by `decompositions`; taken apart by torch, where it is a composite; or given the
+generic local rule.
 """
 
 from __future__ import annotations
@@ -125,8 +126,15 @@ class Builder:
         static = not any(not self._static[i] for i in inputs.values()) and not _random(op)
         if _random(op):
             raise TangentsUnsupported(f"the loss draws random numbers: {op}")
+        local, known = None, rule_for(op) if live else None
         with torch.no_grad():
-            value = op(*substitute(args, self.values), **substitute(kwargs, self.values))
+            given, named = substitute(args, self.values), substitute(kwargs, self.values)
+            if known is None:
+                value = op(*given, **named)
+            else:
+                keys = tuple(k for k, i in inputs.items() if self.nodes[i].live)
+                local = known(op, given, named, keys, 1)
+                value = local.value
         if live and not is_float(value):
             if isinstance(value, (tuple, list)) and any(is_float(v) for v in value):
                 raise TangentsUnsupported(f"{op} gives several outputs and has no rule")
@@ -139,7 +147,7 @@ class Builder:
             if not isinstance(op, torch._ops.OpOverload):
                 raise TangentsUnsupported(f"{op} has no rule")
             rule(op)(Generic)
-        node = Node(len(self.nodes), op, args, kwargs, live, inputs=inputs)
+        node = Node(len(self.nodes), op, args, kwargs, live, inputs=inputs, work=getattr(local, "work", 0.0))
         ref = self._append(node, value, static)
         if isinstance(op, torch._ops.OpOverload) and _is_view(op):
             self._root[ref.index] = self._root[next(iter(inputs.values()))]

@@ -49,6 +49,7 @@ class Node:
     sources: dict[Key, int] = field(default_factory=dict)  # the live ones
     curved: bool = False
     needs_adjoint: bool = False
+    work: float = 0.0  # multiply-adds of a product
     feeds_curved: bool = False  # something curved lies below
 
     @property

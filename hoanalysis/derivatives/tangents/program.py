@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from hoanalysis.derivatives.common import BatchDerivatives, Request
 from hoanalysis.derivatives.tangents import sweeps
 from hoanalysis.derivatives.tangents.capture import trace
+from hoanalysis.derivatives.tangents.costs import Cost, predict
 from hoanalysis.derivatives.tangents.graph import Graph, TangentsUnsupported, lowest_dtype
 from hoanalysis.derivatives.tangents.groups import Groups, Sums
 from hoanalysis.derivatives.tangents.rules import Stack
 from hoanalysis.partitions import Partition
-from hoanalysis.problem import batch_digest, map_tensors, tensors_of
+from hoanalysis.problem import batch_digest, count_rows, map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from hoanalysis.problem import Batch, Problem, State
@@ -47,11 +48,12 @@ def capture(problem: Problem, state: State, batch: Batch) -> Program:
 
     others = [*state.fixed.values(), *tensors_of(batch)]
     graph, data_dependent = trace(call, state.parameters, others)
-    return Program(graph, capture_key(problem, state, batch), list(state.parameters), list(state.fixed), data_dependent)
+    key = capture_key(problem, state, batch)
+    return Program(graph, key, list(state.parameters), list(state.fixed), data_dependent, count_rows(batch))
 
 
 def capture_key(problem: Problem, state: State, batch: Batch) -> Hashable:
-    """What a captured program depends on: names, shapes and dtypes of all tensors, the batch's plain values, the modes."""
+    """What a program is valid for: names, shapes and dtypes of all tensors, the batch's plain values, the modes."""
 
     def spec(t: Tensor) -> tuple:
         return tuple(t.shape), t.dtype, t.device
@@ -79,9 +81,15 @@ class Program:
     """
 
     def __init__(
-        self, graph: Graph, key: Hashable, parameters: list[str], fixed: list[str], data_dependent: list[str]
+        self,
+        graph: Graph,
+        key: Hashable,
+        parameters: list[str],
+        fixed: list[str],
+        data_dependent: list[str],
+        samples: int,
     ) -> None:
-        self.graph, self.key = graph, key
+        self.graph, self.key, self.samples = graph, key, samples
         self.data_dependent = data_dependent
         self._parameters, self._fixed = parameters, fixed
         self._plans: dict[str, Plan] = {}
@@ -133,8 +141,8 @@ class Program:
     ) -> None:
         """Compare with eager PyTorch: the loss, and D1 with the eager gradient contracted with the direction.
 
-        Costs one gradient, and one forward sweep where no ``result`` of this batch is given. Worth paying once per program and
-        state; the loss alone can be compared on every batch by the caller.
+        Costs one gradient, and one forward sweep where no ``result`` of this batch is given. Worth paying once per
+        program and state; the loss alone can be compared on every batch by the caller.
 
         Raises
         ------
@@ -172,6 +180,23 @@ class Program:
     def description(self) -> dict[str, dict[str, int]]:
         """Kind of rule -> op -> number of live nodes. ``generic`` lists the ops without a rule of their own."""
         return self.graph.description()
+
+    def costs(self, partition: Partition, request: Request) -> Cost:
+        """The predicted cost of ``request`` on a batch of the captured shapes: operations, gradients and peak bytes."""
+        plan = self._plan(partition)
+        leaves = {
+            n.index: plan.groups_of(n.parameter)
+            for n in self.graph.nodes[: self.graph.n_inputs]
+            if n.parameter is not None
+        }
+        return predict(self.graph, leaves, len(partition), request)
+
+    def peak_bytes_per_sample(self, partition: Partition, request: Request) -> float:
+        """Predicted peak memory of the sweeps divided by the samples of the captured batch.
+
+        Nearly independent of the batch size, since all but the weights' own tangents grow with it.
+        """
+        return self.costs(partition, request).bytes / self.samples
 
     # ---- internals ----------------------------------------------------------------------------------------------
 
@@ -224,15 +249,17 @@ class Plan:
                 continue
             p, assignment = parameters[n.parameter], self.partition.assignment[n.parameter]
             u = direction[n.parameter].detach().to(p)
-            found: list[int] = np.unique(assignment).tolist()
-            if len(found) == 1:
-                out[n.index] = Stack((self.position[found[0]],), u[None])
+            groups = self.groups_of(n.parameter)
+            if len(groups) == 1:
+                out[n.index] = Stack(groups, u[None])
                 continue
-            found.sort(key=self.position.__getitem__)
             index = torch.as_tensor(assignment)
-            groups: Groups = tuple(self.position[g] for g in found)
-            out[n.index] = Stack(groups, torch.stack([u * (index == g) for g in found]))
+            out[n.index] = Stack(groups, torch.stack([u * (index == self.order[g]) for g in groups]))
         return out
+
+    def groups_of(self, parameter: str) -> Groups:
+        """The groups that a parameter's entries belong to, in the order of first use."""
+        return tuple(sorted(self.position[g] for g in np.unique(self.partition.assignment[parameter]).tolist()))
 
     def result(self, loss: float, sums: Sums, request: Request) -> BatchDerivatives:
         """Back to the partition's own order of groups."""

@@ -81,7 +81,7 @@ class Generic(Local):
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         groups, T = self._aligned(tangents)
         H = self._hessian_rows(lam, T)
-        sums.add2(groups, groups, sum(h.flatten(1) @ t.flatten(1).T for h, t in zip(H, T, strict=True)))
+        sums.add2(groups, groups, _gram(H, T))
 
     def _third_rows(self, lam: Tensor, U: tuple[Tensor, ...], V: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """lam . phi'''[U_s, V_s, .], row by row."""
@@ -98,13 +98,13 @@ class Generic(Local):
         G = torch.zeros(k, k, k, dtype=torch.float64)
         for s in range(k):
             W = self._third_rows(lam, tuple(t[s : s + 1].expand_as(t) for t in T), T)
-            G[s] = sum(w.flatten(1) @ t.flatten(1).T for w, t in zip(W, T, strict=True))
+            G[s] = _gram(W, T)
         sums.add3_pairs(groups, groups, G / 3)
         if lamT is not None:
             G = torch.zeros(k, k, len(lamT.groups), dtype=torch.float64)
             for r, y in enumerate(lamT.data):
                 H = self._hessian_rows(y, T)
-                G[:, :, r] = sum(h.flatten(1) @ t.flatten(1).T for h, t in zip(H, T, strict=True))
+                G[:, :, r] = _gram(H, T)
             sums.add3_pairs(groups, lamT.groups, G)
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
@@ -118,8 +118,18 @@ class Generic(Local):
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         groups, T = self._aligned(tangents)
         W = self._third_rows(lam, T, T)
-        sums.add_diagonal(groups, sum(w.mul(t).flatten(1).sum(1) for w, t in zip(W, T, strict=True)))
+        sums.add_diagonal(groups, _dots(W, T))
         if bent:
             groups, T2 = self._aligned(bent)
             H = self._hessian_rows(lam, self._aligned(tangents, groups)[1])
-            sums.add_diagonal(groups, 3 * sum(h.mul(t).flatten(1).sum(1) for h, t in zip(H, T2, strict=True)))
+            sums.add_diagonal(groups, 3 * _dots(H, T2))
+
+
+def _gram(U: tuple[Tensor, ...], V: tuple[Tensor, ...]) -> Tensor:
+    """Inner products of all rows with all rows, summed over the inputs."""
+    return torch.stack([u.flatten(1) @ v.flatten(1).T for u, v in zip(U, V, strict=True)]).sum(0)
+
+
+def _dots(U: tuple[Tensor, ...], V: tuple[Tensor, ...]) -> Tensor:
+    """Inner products row by row, summed over the inputs."""
+    return torch.stack([(u * v).flatten(1).sum(1) for u, v in zip(U, V, strict=True)]).sum(0)

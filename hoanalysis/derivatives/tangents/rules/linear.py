@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Linear(Local):
-    """Any linear op: pushed by `torch.vmap`, pulled by its own vector-Jacobian product. The explicit ones are faster."""
+    """Any linear op: pushed by `torch.vmap`, pulled by its vector-Jacobian product. The explicit ones are faster."""
 
     def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
         self.op, self.args, self.kwargs = op, args, kwargs
@@ -44,8 +44,8 @@ class Linear(Local):
         return torch.vmap(lambda x: self._at(key, x))(stack)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
-        _, vjp = torch.func.vjp(lambda x: self._at(key, x), torch.zeros_like(self._input(key)))
-        return torch.vmap(lambda y: vjp(y)[0])(stack)
+        back = torch.func.vjp(lambda x: self._at(key, x), torch.zeros_like(self._input(key)))[1]
+        return torch.vmap(lambda y: back(y)[0])(stack)
 
 
 rule(
@@ -273,10 +273,12 @@ class PiecewiseLinear(Scale):
             self.value = torch.relu(x)
             self.factor = (self.value > 0).to(x.dtype)
         else:
-            x = x.detach()
-            self.value, vjp = torch.func.vjp(lambda z: op(z, *args[1:], **kwargs), x)
-            self.factor = vjp(torch.ones_like(x))[0]
-            self.value = self.value.detach()
+            x = x.detach().clone()
+            with torch.enable_grad():
+                x.requires_grad_()
+                y = op(x, *args[1:], **kwargs)
+                self.factor = torch.autograd.grad(y.sum(), x)[0]
+            self.value = y.detach()
 
 
 @rule(aten.where.self)
@@ -332,7 +334,7 @@ class NegativeLogLikelihood(Linear):
             x = args[0].detach().requires_grad_()
             value = self._at(0, x)
             self.scalar = value.dim() == 0
-            self.slope = torch.autograd.grad(value, x)[0] if self.scalar else None
+            self.slope = torch.autograd.grad(value, x)[0] if self.scalar else x
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
         if not self.scalar:

@@ -1,4 +1,4 @@
-"""The core of every norm as one node: y = c r with c = x - mean(x) (or x itself, for RMSNorm) and r = (mean(c^2) + eps)^-1/2.
+"""The core of every norm as one node: y = c r, with r = (mean(c^2) + eps)^-1/2 and c = x - mean(x), or x for RMSNorm.
 
 layer_norm, group_norm, instance_norm, rms_norm and batch_norm in training mode are reshapes, this, a product and a sum.
 Per row of n entries, with a~ the (centred) tangent, alpha_a = <c, a~>/n and A_ab = <a~, b~>/n:

@@ -1,0 +1,69 @@
+"""Counted operations: VGG-11' near its floors, and the growth with S on deep tanh networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents import capture
+from hoanalysis.models import MLP, VGG11Prime
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import Problem
+
+
+def counts(model: torch.nn.Module, batch: tuple, requests: list[Request]) -> tuple[float, list[float]]:
+    """Floating-point operations of a forward pass, and of each request."""
+    problem = Problem(model, [batch], loss=F.cross_entropy)
+    state = problem.state()
+    u = {n: torch.randn_like(p) for n, p in state.parameters.items()}
+    program = capture(problem, state, batch)
+
+    def counted(f) -> float:
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        forward = counted(lambda: problem.batch_value(state.parameters, state, batch))
+    partition = Partition.canonical(model)
+    return forward, [counted(lambda r=r: program.derivatives(state, u, partition, batch, r)) for r in requests]
+
+
+def test_vgg_is_near_its_floors():
+    """Floors from the active sets: D2 11.3 F, full D3 36.6 F, with F one forward pass."""
+    torch.manual_seed(0)
+    batch = (torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,)))
+    forward, (second, both, third) = counts(VGG11Prime(), batch, [Request(2), Request(2, diagonal=3), Request(3)])
+    assert second / forward <= 1.15 * 11.3
+    assert third / forward <= 1.25 * 36.6
+    assert both == second  # x_aa = 0 in a ReLU network that uses each weight once
+
+
+def test_growth_with_the_number_of_groups():
+    """tanh, width 128, batch 256, depth 4 to 32: S^1.15 or slower for D2, S^1.7 or slower for D3."""
+    torch.manual_seed(0)
+    cost = {}
+    for depth in (4, 32):
+        model = MLP([128] * depth + [10], "tanh")
+        batch = (torch.randn(256, 128), torch.randint(0, 10, (256,)))
+        forward, found = counts(model, batch, [Request(2), Request(3)])
+        cost[depth] = [f / (3 * forward) for f in found]
+    slopes = [math.log(b / a) / math.log(8) for a, b in zip(cost[4], cost[32], strict=True)]
+    assert slopes[0] <= 1.15
+    assert slopes[1] <= 1.7
+
+
+@pytest.mark.parametrize("request_", [Request(2), Request(3)], ids=["D2", "D3"])
+def test_predicted_operations_follow_the_counted(request_):
+    """Within a factor of two on a network of matrix products, where elementwise passes matter little."""
+    torch.manual_seed(0)
+    batch = (torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,)))
+    model = VGG11Prime(width=0.5)
+    _, (counted,) = counts(model, batch, [request_])
+    problem = Problem(model, [batch], loss=F.cross_entropy)
+    program = capture(problem, problem.state(), batch)
+    predicted = program.costs(Partition.canonical(model), request_).flops
+    assert 0.5 < predicted / counted < 2
