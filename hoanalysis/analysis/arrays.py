@@ -129,8 +129,3 @@ def error_attrs(long_name: str, units: str, reason: str = "") -> dict[str, str]:
 def error_of(array: xr.DataArray) -> xr.DataArray:
     """The standard error that `with_error` attached."""
     return array[f"{array.name}_se"]
-
-
-def first_word(text: str) -> str:
-    """The first line of a text that may have several."""
-    return text.split("\n", 1)[0]

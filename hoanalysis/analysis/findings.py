@@ -14,6 +14,7 @@ from hoanalysis.analysis.merge import merge
 from hoanalysis.analysis.regularizer import third
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
+from hoanalysis.analysis.training_log import used_at
 from hoanalysis.errors import SchemaError, listed
 
 CLEAR = 2.0  # standard errors from 0 at which an entry is told from 0
@@ -123,7 +124,7 @@ def _strongest_pair(where: str, one: xr.Dataset) -> str:
     if pairs.empty:
         return ""
     row = pairs.iloc[0]
-    told = row["significance"]
+    told = abs(row["scale_free"]) / row["scale_free_se"] if row["scale_free_se"] > 0 else np.nan
     doubt = " and is not told from 0" if told < CLEAR else f", {told:.0f} standard errors from 0" if told > 0 else ""
     return (
         f"{where} the layers {row['group']!r} and {row['group2']!r} interact most: their scale-free entry of the "
@@ -141,7 +142,7 @@ def _off_diagonal(ends: list[Place]) -> str:
     for where, one in ends:
         s = shares(one)
         off, apart = (pm(s[n].item(), s[f"{n}_se"].item(), True) for n in ("off_diagonal", "off_block"))
-        parts.append(f"{off} off its diagonal and {apart} between different layers {where[0].lower()}{where[1:]}")
+        parts.append(f"{off} lies off its diagonal and {apart} between different layers {where[0].lower()}{where[1:]}")
     return (
         f"Of the scale-free pseudo-Hessian (sizes of entries), {'; '.join(parts)}. A method that treats layers one by "
         f"one leaves out what lies between them."
@@ -164,22 +165,14 @@ def _rates(where: str, one: xr.Dataset, log: pd.DataFrame | None) -> str:
         f"{_extreme(rates, errors, np.nanargmax)}, median {middle:.3g}; {negative} of {known.sum()} are negative "
         f"(status: {status})."
     )
-    return text + _beside_used(rates[known], errors[known], _used(one, log))
+    return text + _beside_used(
+        rates[known], errors[known], used_at(log, one[schema.STEP].item() if schema.STEP in one.coords else None)
+    )
 
 
 def _extreme(rates: Array, errors: Array, pick: Callable[[Array], np.intp]) -> str:
     i = int(pick(rates))
     return pm(rates[i], errors[i])
-
-
-def _used(one: xr.Dataset, log: pd.DataFrame | None) -> float | None:
-    if log is None or not {"step", "learning_rate"} <= set(log.columns):
-        return None
-    logged = log.dropna(subset=["learning_rate"]).sort_values("step")
-    step = one[schema.STEP].item() if schema.STEP in one.coords else np.inf
-    until = logged[logged["step"] <= step]
-    chosen = logged.head(1) if until.empty else until
-    return float(chosen["learning_rate"].iloc[-1]) if len(chosen) else None
 
 
 def _beside_used(rates: Array, errors: Array, used: float | None) -> str:
@@ -237,9 +230,10 @@ def _curvature(where: str, one: xr.Dataset) -> str:
     top = f"the largest is {pm(values[0], errors[0])} loss/parameter^2, a lower bound on the Hessian's"
     if not negative:
         return f"{where} all {len(values)} eigenvalues of the Hessian compressed to the directions are positive; {top}."
+    told = "not told from 0" if -values[-1] < CLEAR * errors[-1] else "the loss curves downwards there"
     return (
-        f"{where} {negative} of {len(values)} eigenvalues of the Hessian compressed to the directions are negative, "
-        f"the lowest {pm(values[-1], errors[-1])}: the loss curves downwards there; {top}."
+        f"{where} {negative} of {len(values)} eigenvalues of the Hessian compressed to the directions "
+        f"{'are' if negative > 1 else 'is'} negative, the lowest {pm(values[-1], errors[-1])}: {told}; {top}."
     )
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, checkpoints, error_attrs, labelled, over_checkpoints, require, tensors
+from hoanalysis.analysis.arrays import Array, error_attrs, labelled, over_checkpoints, require, tensors
 from hoanalysis.analysis.errorbars import standard_error, why_none
 from hoanalysis.analysis.groups import System, system
 from hoanalysis.analysis.inverse import matrix, scale_free, scale_free_of
@@ -115,13 +115,3 @@ def pair_values(ds: xr.Dataset, top: int = 6) -> pd.DataFrame:
     kept = strongest.sort_values(ascending=False).index[:top]
     rows = frame.set_index(["group", "group2"]).loc[kept].reset_index()
     return rows.sort_values(["group", "group2", "step"], kind="stable").reset_index(drop=True)
-
-
-def computed(ds: xr.Dataset) -> list[int]:
-    """The positions of the checkpoints whose D1 and D2 are all numbers."""
-    found = [np.isfinite(t["D1"]).all() and np.isfinite(t["D2"]).all() for t in _tensors(ds)]
-    return [i for i, ok in enumerate(found) if ok]
-
-
-def _tensors(ds: xr.Dataset) -> list[dict[str, Array]]:
-    return [tensors(one, ["D1", "D2"]) for one in checkpoints(ds)]

@@ -11,6 +11,7 @@ OBS_s = 1/(2 (D2^-1)_ss) where D1 = 0 and D2 is positive definite. LeCun, Denker
 design: the section on pruning.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -113,7 +114,9 @@ def _gain(d2: Array, slope: Array) -> float:
 
 
 def _with_error(one: xr.Dataset, name: str) -> Array:
-    function = {"obd": obd, "obd_pair": obd_pair, "obs": partial(obs, groups=system(one))}[name]
+    scores: dict[str, Callable[[Tensors], Array]]
+    scores = {"obd": obd, "obd_pair": obd_pair, "obs": partial(obs, groups=system(one))}
+    function = scores[name]
     return np.stack([function(tensors(one, NAMES)), standard_error(one, NAMES, function)])
 
 

@@ -20,7 +20,7 @@ import xarray as xr
 from hoanalysis.analysis.advice import advice
 from hoanalysis.analysis.arrays import Array, error_attrs, labelled, over_checkpoints, tensors
 from hoanalysis.analysis.errorbars import standard_error, why_none
-from hoanalysis.analysis.regularized import Regularization, Solver, check, needed
+from hoanalysis.analysis.regularized import EPSILON_UNITS, Regularization, Solver, check, needed
 
 
 def learning_rates(ds: xr.Dataset, regularization: Regularization = None, epsilon: float = 1.0) -> xr.Dataset:
@@ -60,7 +60,9 @@ def learning_rates(ds: xr.Dataset, regularization: Regularization = None, epsilo
     errors.attrs = error_attrs("the learning rate", "1", why_none(ds, names))
     status = labelled(ds, words, (), "status", "advice on the learning rates", "")
     found = xr.Dataset({"learning_rates": rates, "learning_rates_se": errors, "status": status})
-    return found.assign_attrs(regularization=str(regularization), epsilon=float(epsilon))
+    return found.assign_attrs(
+        regularization=str(regularization), epsilon=float(epsilon), epsilon_units=EPSILON_UNITS[regularization]
+    )
 
 
 def _rates_and_errors(one: xr.Dataset, names: list[str], regularization: Regularization, epsilon: float) -> Array:

@@ -14,9 +14,9 @@ from hoanalysis.analysis.regularizer import regularizer
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.taylor import highest_order, taylor
+from hoanalysis.analysis.training_log import Used as Used
+from hoanalysis.analysis.training_log import used_at as used_at
 from hoanalysis.errors import ArgumentError, listed
-
-Used = float | pd.DataFrame | None
 
 
 def at_step(ds: xr.Dataset, step: Any = None) -> xr.Dataset:
@@ -129,17 +129,3 @@ def along_step(ds: xr.Dataset, step: Any = None, eta: xr.DataArray | None = None
         columns = {"tau": tau.values, "order": order, "value": change.values, "se": change["taylor_se"].values}
         rows.append(pd.DataFrame(columns))
     return pd.concat(rows, ignore_index=True)
-
-
-def used_at(used: Used, step: Any) -> float | None:
-    """The learning rate that the run used at ``step``: a number, or the last one logged until then."""
-    if used is None or isinstance(used, int | float):
-        return used
-    missing = {"step", "learning_rate"} - set(used.columns)
-    if missing:
-        raise ArgumentError(f"the training log lacks the columns {sorted(missing)}", do="name them step, learning_rate")
-    logged = used.dropna(subset=["learning_rate"]).sort_values("step")
-    if step is not None:
-        until = logged[logged["step"] <= step]
-        logged = logged.head(1) if until.empty else until  # the first row is what the first step is about to use
-    return float(logged["learning_rate"].iloc[-1]) if len(logged) else None

@@ -1,6 +1,7 @@
 """What all figures share: new axes, labels that cannot break, the paper's colours, scales for signed numbers."""
 
 import functools
+import sys
 from typing import Any
 
 import matplotlib
@@ -31,11 +32,17 @@ def axes(ax: Axes | None, width: float, height: float) -> Axes:
     """
     if ax is not None:
         return ax
-    if matplotlib.is_interactive():
+    if _interactive():
         from matplotlib import pyplot
 
         return pyplot.figure(figsize=(width, height), layout="constrained").add_subplot()
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def _interactive() -> bool:
+    """A session whose pyplot shows figures by itself; a notebook's kernel says so only once pyplot is loaded."""
+    in_kernel = "ipykernel" in sys.modules and "inline" in str(matplotlib.get_backend())
+    return in_kernel or matplotlib.is_interactive()
 
 
 def split(ax: Axes, rows: int, columns: int, **ratios: Any) -> list[Axes]:
@@ -106,6 +113,8 @@ def signed_axis(ax: Axes, which: str, values: Array) -> None:
     setter, axis = (ax.set_xscale, ax.xaxis) if which == "x" else (ax.set_yscale, ax.yaxis)
     if (values[np.isfinite(values)] > 0).all():
         setter("log")
+        limits = ax.set_xlim if which == "x" else ax.set_ylim
+        limits(finite.min() / 3, finite.max() * 3)  # a band that reaches 0 would otherwise open the axis without end
         return
     threshold = 10.0 ** np.floor(np.log10(max(finite.min(), finite.max() * 10.0**-DECADES)))
     setter("symlog", linthresh=threshold)

@@ -123,6 +123,13 @@ def test_a_small_direction_is_not_a_null_group():
     assert np.isfinite(learning_rates(ds).learning_rates.values).all()
 
 
+def test_a_group_at_its_optimum_is_not_a_null_group():
+    ds = example(order=2)
+    ds.D1[1] = 0.0
+    expected = np.linalg.solve(ds.D2.values, ds.D1.values)
+    np.testing.assert_allclose(learning_rates(ds).learning_rates.values, expected, rtol=1e-9)
+
+
 def test_flat_groups_have_no_best_rate():
     ds = example(order=2)
     ds.D2[1, :] = ds.D2[:, 1] = 0.0

@@ -33,7 +33,9 @@ def missing_one():
     ds = example(steps=3, order=2)
     for name in ("loss", "D1", "D2", "D3_diag", "D1_batch", "D2_batch", "weight"):
         ds[name][-1] = np.nan
-    return ds
+    norm = ds.direction_norm.values.copy()
+    norm[-1] = np.nan
+    return ds.assign_coords(direction_norm=(("step", "group"), norm))
 
 
 def strange_labels():
@@ -89,6 +91,13 @@ def test_no_label_is_cut_and_no_tick_labels_overlap(name, make):
             boxes = [t.get_window_extent() for t in axis.get_ticklabels() if t.get_text() and t.get_visible()]
             ends = sorted((b.bounds[at], b.bounds[at] + b.bounds[at + 2]) for b in boxes)
             assert all(a[1] <= b[0] + 1 for a, b in pairwise(ends)), (name, axes.get_title(), ends)
+
+
+def test_an_interactive_session_owns_its_figures():
+    with matplotlib.rc_context({"interactive": True}):
+        ax = plots.loss(example())
+    assert plt.get_fignums()
+    plt.close(ax.figure)
 
 
 def test_the_papers_legend():
