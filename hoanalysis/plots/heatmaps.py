@@ -140,7 +140,7 @@ def _label(ax: Axes, axis: Any, labels: Array, turn: int) -> None:
         np.arange(0, len(labels), stride) + 0.5, labels=style.texts(labels)[::stride], rotation=turn, fontsize="small"
     )
     if stride > 1:
-        axis.set_label_text(f"{len(labels)} groups, every {stride}th named")
+        axis.set_label_text(f"{len(labels)} groups, one in {stride} named")
 
 
 def _dots(ax: Axes, values: Array, error: Array) -> None:
