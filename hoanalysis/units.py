@@ -160,22 +160,26 @@ def add_shards(shards: Sequence[xr.Dataset]) -> xr.Dataset:
 # ---- units -> Dataset -------------------------------------------------------------------------------------------
 
 
-def summary(unit: xr.Dataset, reduction: str = "mean") -> xr.Dataset:
-    """Means and standard errors of one checkpoint, without labels. Blocks are passed on as they are."""
-    totals = (int(unit["n_batches"]), float(unit["weight_sum"]), float(unit["weight_sq_sum"]))
-    data: dict[str, Any] = {}
+Row = dict[str, tuple[tuple[Any, ...], Array]]  # name -> (dims, values)
+
+
+def summary(unit: xr.Dataset, reduction: str = "mean") -> Row:
+    """Name -> (dims, values): means, standard errors and blocks of one checkpoint, without labels."""
+    v = {str(k): unit.variables[k] for k in unit.variables}
+    totals = (int(v["n_batches"]), float(v["weight_sum"]), float(v["weight_sq_sum"]))
+    row: Row = {}
     for k in quantities(unit):
-        dims = unit[f"{k}_sum"].dims
-        total, center, dev1, dev2 = (unit[f"{k}_{p}"].values for p in ("sum", "center", "dev1", "dev2"))
+        dims = v[f"{k}_sum"].dims
+        total, center, dev1, dev2 = (v[f"{k}_{p}"].values for p in ("sum", "center", "dev1", "dev2"))
         mean, se = _mean_and_error(total, center, dev1, dev2, totals, reduction)
-        data[k], data[schema.error_of(k)] = (dims, mean), (dims, se)
-        if schema.blocks_of(k) in unit:
-            data[schema.blocks_of(k)] = unit[schema.blocks_of(k)].variable
-    if schema.WEIGHT in unit:
+        row[k], row[schema.error_of(k)] = (dims, mean), (dims, se)
+        if (blocks := schema.blocks_of(k)) in v:
+            row[blocks] = (v[blocks].dims, v[blocks].values)
+    if schema.WEIGHT in v:
         # A sum over the data is the mean times 1: dividing by weights of total 1 keeps the blocks' rule for both.
-        w = unit[schema.WEIGHT]
-        data[schema.WEIGHT] = (w / w.sum() if reduction == "sum" else w).variable
-    return xr.Dataset(data)
+        w = v[schema.WEIGHT].values
+        row[schema.WEIGHT] = ((schema.BATCH,), w / w.sum() if reduction == "sum" else w)
+    return row
 
 
 def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dataset | None]) -> xr.Dataset:
@@ -190,97 +194,92 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
         Key -> unit, or None where it is not there.
     """
     facts: list[dict[str, Any]] = []
-    steps = [_one_step(plan, step, read, facts) for step in plan["steps"]]
-    ds = _stacked(steps) if plan["series"] else steps[0]
+    rows = [_row(plan, step, read, facts) for step in plan["steps"]]
+    row = _stacked(rows) if plan["series"] else rows[0]
+    samples, read_units = row.pop("n_samples")[1], row.pop("units_read")[1]
+    wanted = sum(len(step["units"]) for step in plan["steps"])
+    coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
     if plan["series"]:
-        ds = ds.assign_coords({schema.STEP: [s["step"] for s in plan["steps"]]})
-    labels = list(plan["groups"]["label"])
-    for dim in sorted(str(d) for d in ds.dims):
-        if dim.startswith(schema.GROUP):
-            ds = ds.assign_coords({dim: np.array(labels, dtype=object)})
-    for name in schema.GROUP_COORDS:
-        values = plan["groups"][name]
-        dtype = np.int64 if name == "numel" else object
-        ds = ds.assign_coords({name: (schema.GROUP, np.array(values, dtype=dtype))})
-    ds.attrs = {
+        coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
+    coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", *schema.GROUP_COORDS_BY_STEP)}
+    attrs = {
         **plan["attrs"],
         "created_at": max((f.get("created_at", "") for f in facts), default=""),
         "suspect": sum(bool(f.get("suspect")) for f in facts),
-        "n_samples": int(np.max(ds["n_samples"].values)),
-        "coverage": float(ds["units_read"].sum()) / max(sum(len(step["units"]) for step in plan["steps"]), 1),
+        "n_samples": int(np.max(samples)),
+        "coverage": float(np.sum(read_units)) / max(wanted, 1),
     }
-    return _described(ds.drop_vars(["n_samples", "units_read"]))
+    return xr.Dataset(_described(row), _described(coords), attrs)
 
 
-def _one_step(
+def _row(
     plan: Mapping[str, Any],
     step: Mapping[str, Any],
     read: Callable[[Mapping[str, Any]], xr.Dataset | None],
     all_facts: list[dict[str, Any]],
-) -> xr.Dataset:
+) -> Row:
     """One checkpoint; what its units say of themselves is added to ``all_facts``."""
     shards = [unit for unit in map(read, step["units"]) if unit is not None]
     own = [json.loads(unit.attrs["unit"]) for unit in shards]
     all_facts += own
     s = len(plan["groups"]["label"])
-    if not shards:
-        ds = xr.Dataset(
-            {
-                name: (schema.group_dims(order), np.full((s,) * order, np.nan))
-                for k, order in plan["quantities"].items()
-                for name in (k, schema.error_of(k))
-            }
-        )
-        facts, n_batches, n_samples = {}, 0, 0
-        coords = {k: np.full(s, np.nan) for k in schema.GROUP_COORDS_BY_STEP}
-    else:
+    row: Row = {}
+    if shards:
         unit = add_shards(shards)
-        ds = summary(unit, plan["reduction"])
-        facts = own[0]
-        n_batches, n_samples = int(unit["n_batches"]), int(unit["n_samples"])
-        coords = {k: unit[k].values for k in schema.GROUP_COORDS_BY_STEP}
-    ds["n_samples"], ds["units_read"] = ((), n_samples), ((), len(shards))
+        row |= summary(unit, plan["reduction"])
+        row |= {k: ((schema.GROUP,), unit.variables[k].values) for k in schema.GROUP_COORDS_BY_STEP}
+        n_batches, n_samples = int(unit.variables["n_batches"]), int(unit.variables["n_samples"])
+    else:
+        for k, order in plan["quantities"].items():
+            row |= dict.fromkeys((k, schema.error_of(k)), (schema.group_dims(order), np.full((s,) * order, np.nan)))
+        row |= dict.fromkeys(schema.GROUP_COORDS_BY_STEP, ((schema.GROUP,), np.full(s, np.nan)))
+        n_batches = n_samples = 0
     checks = [f.get("self_check", np.nan) for f in own]
-    return ds.assign_coords(
-        sha256=((), step.get("sha256", "")),
-        engine=((), facts.get("engine", "")),
-        engine_detail=((), facts.get("engine_detail", "")),
-        self_check=((), np.nanmax(checks) if np.isfinite(checks).any() else np.nan),
-        n_batches=((), n_batches),
-    ).assign_coords({k: (schema.GROUP, v) for k, v in coords.items()})
+    scalars = {
+        "sha256": step.get("sha256", ""),
+        "engine": own[0].get("engine", "") if own else "",
+        "engine_detail": own[0].get("engine_detail", "") if own else "",
+        "self_check": np.nanmax(checks) if np.isfinite(checks).any() else np.nan,
+        "n_batches": n_batches,
+        "n_samples": n_samples,
+        "units_read": len(shards),
+    }
+    return row | {k: ((), _scalar(v)) for k, v in scalars.items()}
 
 
-def _stacked(steps: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Steps in one Dataset. A step with fewer blocks (none, or a shorter pass) gets blocks of weight 0."""
-    blocks = max((s.sizes.get(schema.BATCH, 0) for s in steps), default=0)
-    if blocks:
-        steps = [_padded(s, blocks, steps) for s in steps]
-    return xr.concat(
-        [_on_step(s) for s in steps], schema.STEP, data_vars="all", coords="minimal", compat="equals", join="exact"
-    )
+def _scalar(value: Any) -> Array:
+    return np.array(value, dtype=object) if isinstance(value, str) else np.asarray(value)
 
 
-def _padded(step: xr.Dataset, blocks: int, steps: Sequence[xr.Dataset]) -> xr.Dataset:
-    full = next(s for s in steps if s.sizes.get(schema.BATCH, 0) == blocks)
-    if schema.BATCH not in step.dims:
-        kept = {v: xr.zeros_like(full[v]) for v in full.data_vars if schema.BATCH in full[v].dims}
-        return step.assign({k: v.reset_coords(drop=True) for k, v in kept.items()})
-    return step.pad({schema.BATCH: (0, blocks - step.sizes[schema.BATCH])}, constant_values=0)
+def _stacked(rows: Sequence[Row]) -> Row:
+    """The rows with a leading ``step``. A step with fewer blocks (none, or a shorter pass) gets blocks of weight 0."""
+    blocks = max((len(r[schema.WEIGHT][1]) for r in rows if schema.WEIGHT in r), default=0)
+    full = next((r for r in rows if blocks and schema.WEIGHT in r and len(r[schema.WEIGHT][1]) == blocks), rows[0])
+    out: Row = {}
+    for name, (dims, values) in full.items():
+        zeros = (dims, np.zeros((0, *values.shape[1:]))) if schema.BATCH in dims else None
+        parts = [r.get(name, zeros)[1] for r in rows]  # type: ignore[index]
+        if zeros is not None:
+            parts = [np.concatenate([p, np.zeros((blocks - len(p), *p.shape[1:]))]) for p in parts]
+        out[name] = ((schema.STEP, *dims), np.stack(parts))
+    return out
 
 
-def _on_step(ds: xr.Dataset) -> xr.Dataset:
-    """One step of a series: ``step`` on every variable, and on what differs by checkpoint among the coordinates."""
-    names = [*schema.STEP_COORDS, "engine_detail", *schema.GROUP_COORDS_BY_STEP]
-    coords = {k: ds[k].reset_coords(drop=True).expand_dims(schema.STEP, axis=0) for k in names}
-    return ds.drop_vars(names).expand_dims(schema.STEP, axis=0).assign_coords(coords)
+def _group_coords(groups: Mapping[str, Sequence[Any]], dims: set[str]) -> Row:
+    labels = np.array(list(groups["label"]), dtype=object)
+    coords: Row = {dim: ((dim,), labels) for dim in sorted(dims | {schema.GROUP})}
+    for name in schema.GROUP_COORDS:
+        dtype = np.int64 if name == "numel" else object
+        coords[name] = ((schema.GROUP,), np.array(list(groups[name]), dtype=dtype))
+    return coords
 
 
-def _described(ds: xr.Dataset) -> xr.Dataset:
-    """``long_name`` and ``units`` on everything. Derivatives with respect to eta have the unit of the loss."""
-    for name in [*ds.data_vars, *ds.coords]:
-        attrs = ds[name].attrs
-        attrs["long_name"], attrs["units"] = _described_name(str(name)), _unit(str(name))
-    return ds
+def _described(row: Row) -> dict[str, xr.Variable]:
+    """With ``long_name`` and ``units``. Derivatives with respect to eta have the unit of the loss."""
+    return {
+        k: xr.Variable(dims, values, {"long_name": _described_name(k), "units": _unit(k)})
+        for k, (dims, values) in row.items()
+    }
 
 
 def _described_name(name: str) -> str:

@@ -151,7 +151,7 @@ def test_no_blocks_unless_asked_for():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_blocks_of_single_batches_give_the_stored_errors(reduction):
     """What the analysis computes from blocks (sum / weight of each) must be the errors that are stored beside them."""
-    ds = summary(unit_of(batches(6), 6), reduction)
+    ds = xr.Dataset(summary(unit_of(batches(6), 6), reduction))
     w = ds["weight"].values
     for name in SHAPES:
         sums = ds[f"{name}_batch"].values
@@ -180,7 +180,7 @@ def test_the_shards_of_any_split_add_up_to_the_whole(split, scale, keep):
     added, whole = add_shards(shards), unit_of(items, keep)
     for name in ("n_batches", "n_samples", "weight_sum", "weight_sq_sum"):
         np.testing.assert_allclose(added[name], whole[name], rtol=1e-12)
-    got, expected = summary(added), summary(whole)
+    got, expected = xr.Dataset(summary(added)), xr.Dataset(summary(whole))
     mean, spread = scale
     rounding = 1e-11 * max(1, mean / spread)
     for name in SHAPES:
