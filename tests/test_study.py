@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,19 +82,20 @@ def test_the_shipped_studies_build(path):
     assert {"loss", "learning_rate"} <= set(log.columns)
     assert problem.state(problem.fitted(run[-1])).shapes() == problem.state().shapes()
     assert not problem.model.training
+    table = tomllib.loads(path.read_text())["summaries"]
+    pairs = [(d, p) for d in table.pop("directions") for p in table.pop("partitions")]
     options = study.settings()
-    assert [(o["direction"], o["partition"]) for o in options] == [("gradient", "canonical")]
-    assert (options[0]["order"], options[0]["diagonal"], options[0]["dtype"]) == (2, 3, "float32")
+    assert [(o["direction"], o["partition"]) for o in options] == pairs
+    assert all({k: o[k] for k in table} == table for o in options)
 
 
 def test_the_shipped_lenet_is_what_its_file_says():
-    study = StudySpec.read(ROOT / "data" / "lenet5-mnist")
-    problem = study.problem()
+    path = ROOT / "data" / "lenet5-mnist" / "study.toml"
+    table, problem = tomllib.loads(path.read_text())["data"], StudySpec.read(path).problem()
     assert isinstance(problem.model, models.LeNet5)
     assert problem.loss is F.cross_entropy
-    expected = data.mnist5k("train", batch_size=128, max_samples=1000)
-    torch.testing.assert_close(list(problem.data), list(expected))
-    assert [len(y) for _, y in problem.data] == [128] * 7 + [104]
+    limits = {k: table[k] for k in ("batch_size", "max_samples") if k in table}
+    torch.testing.assert_close(list(problem.data), list(data.mnist5k(**table["args"], **limits)))
 
 
 def test_defaults(tmp_path):
