@@ -116,6 +116,7 @@ class Problem:
         self.notes: list[str] = []
         #: What is worth computing once: graphs, fingerprints, self-checks. Keyed by whoever fills it.
         self.cache: dict[Any, Any] = {}
+        self._rows_checked: int | None = None  # batches on which an inferred mean over rows was confirmed
         self._refuse_dropout()
         self._size = batch_size or self._inferred_size()
 
@@ -201,20 +202,27 @@ class Problem:
         """
         if self._split is None and self.loss is None:
             return False
-        batch = self.cast(self.first_batch(), torch.float64)
-        rows = count_rows(batch)
-        if rows < 2:
-            return False
+        batch = self.first_batch()
+        return count_rows(batch) > 1 and self._recombines(batch)
+
+    def _recombines(self, batch: Batch) -> bool:
+        """Whether the loss of a batch is the weighted mean (or the sum) of the losses of its two parts."""
+        batch, rows = self.cast(batch, torch.float64), count_rows(batch)
         state = self.state(dtype=torch.float64, include_frozen=True)
+        copies = {n: p.clone() for n, p in state.parameters.items()}
         try:
-            parts = [self.take_rows(batch, 0, rows // 2), self.take_rows(batch, rows // 2, rows)]
-            copies = {n: p.clone() for n, p in state.parameters.items()}
-            whole, *halves = (float(self.batch_value(copies, state, b).detach()) for b in (batch, *parts))
+            cut = max(1, rows // 3)  # uneven, since masks and class weights can be alike in two halves
+            parts = [self.take_rows(batch, 0, cut), self.take_rows(batch, cut, rows)]
+            values = [self.batch_value(copies, state, b).detach() for b in (batch, *parts)]
             weights = [1.0, 1.0] if self.reduction == "sum" else [self.size(b) / self.size(batch) for b in parts]
-        except Exception:  # a loss that cannot take half a batch is taken whole: nothing is lost but memory
+        except Exception:  # a loss that cannot take a part of a batch is taken whole: nothing is lost but memory
             return False
-        again = sum(w * v for w, v in zip(weights, halves, strict=True))
-        return abs(again - whole) <= 1e-9 * max(abs(v) for v in (whole, *halves))
+        if not values[0].isfinite():  # told later, with the batch's number
+            return True
+        exact = 1e-9 if values[0].dtype == torch.float64 else 1e-5  # a loss may work in single precision inside
+        whole, *shares = map(float, values)
+        again = sum(w * v for w, v in zip(weights, shares, strict=True))
+        return abs(again - whole) <= exact * max(abs(v) for v in (whole, *shares))
 
     def take_rows(self, batch: Batch, i: int, j: int) -> Batch:
         """Samples i..j of a batch: the user's ``split``, or the rows of its tensors."""
@@ -240,6 +248,7 @@ class Problem:
                     break
                 if count_rows(batch) == 0:
                     raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
+                self._check_by_rows(batch, count)
                 yield batch
                 count += 1
             else:
@@ -361,13 +370,28 @@ class Problem:
             return lambda batch: known(_pair(map_tensors(lambda t: t, batch)))
         self._size = count_rows
         if self.reduction == "sum" or self.splittable:
-            self.notes.append("the loss was found to be a mean over rows" if self.reduction == "mean" else "")
+            if self.reduction == "mean":
+                self.notes.append("the loss was found to be a mean over rows")
+                self._rows_checked = 1
             return count_rows
         raise LossError(
             f"what {describe_callable(self.loss)} divides by is unknown",
             why="it is not one of torch's losses, and on the first batch it is not a mean over rows",
             do="pass batch_size=lambda batch: the denominator of the batch's mean",
         )
+
+    def _check_by_rows(self, batch: Batch, index: int) -> None:
+        """A loss that was taken for a mean over rows on the first batch must be one on every other: checked once."""
+        if self._rows_checked is None or index < self._rows_checked:
+            return
+        if count_rows(batch) > 1 and not self._recombines(batch):
+            raise LossError(
+                f"what {describe_callable(self.loss)} divides by is unknown",
+                where=f"batch {index}",
+                why="it is a mean over rows on the batches before, and not on this one: some targets may be masked",
+                do="pass batch_size=lambda batch: the denominator of the batch's mean",
+            )
+        self._rows_checked = index + 1
 
 
 class _Call(nn.Module):

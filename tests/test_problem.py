@@ -341,6 +341,42 @@ def test_a_mean_over_rows_is_recognised():
     assert any("mean over rows" in n for n in problem.notes)
 
 
+def test_a_mask_that_only_later_batches_have_is_found():
+    y = torch.tensor([0, 1, 2, 1, 0, 2, 1, -1, -1, 0])
+
+    def loss(out, y):
+        return F.cross_entropy(out, y, ignore_index=-1)
+
+    data = list(zip(tensors(10, 4).split([3, 3, 4]), y.split([3, 3, 4]), strict=True))
+    problem = Problem(nn.Linear(4, 3).double(), data, loss)
+    assert len(list(problem.batches(2))) == 2
+    for _ in range(2):
+        with pytest.raises(LossError, match=r"(?s)unknown.*batch 2.*masked.*batch_size="):
+            list(problem.batches())
+    sized = Problem(problem.model, data, loss, batch_size=lambda b: (b[1] >= 0).sum())
+    torch.testing.assert_close(over_data(sized), float(loss(problem.model(tensors(10, 4)), y).detach()))
+
+
+def test_every_batch_is_checked_once():
+    calls = []
+
+    def loss(x, y):
+        calls.append(len(y))
+        return F.cross_entropy(x, y)
+
+    data = [(tensors(n, 4), classes(n)) for n in (6, 1, 4)]
+    problem = Problem(nn.Linear(4, 3).double(), data, loss)
+    assert calls == [6, 2, 4]
+    for _ in range(3):
+        assert len(list(problem.batches())) == 3
+        assert calls == [6, 2, 4, 4, 1, 3]
+
+
+def test_a_loss_that_works_in_single_precision_is_recognised():
+    problem = Problem(nn.Linear(4, 3), [(tensors(5, 4), classes(5))], lambda x, y: F.cross_entropy(x.float(), y))
+    assert problem.splittable
+
+
 @pytest.mark.parametrize(
     "loss",
     [
