@@ -334,6 +334,26 @@ def conv(
 # ---- several outputs, and identities --------------------------------------------------------------------------------
 
 
+@decomposition(aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
+def shaped_as(b: Any, x: Any, other: Any) -> Any:
+    """Only the shape of ``other`` matters: its own tangents must not enter."""
+    shape = _shape(b, other)
+    if math.prod(shape) == math.prod(_shape(b, x)) and len(shape) and _shape(b, x) != shape:
+        return b(aten.reshape.default, x, shape)
+    return b(aten.expand.default, x, shape)
+
+
+@decomposition(aten.type_as.default)
+def type_as(b: Any, x: Any, other: Any) -> Any:
+    return b(aten._to_copy.default, x, dtype=b.value(other).dtype)
+
+
+@decomposition(aten.glu.default)
+def glu(b: Any, x: Any, axis: int = -1) -> Any:
+    first, second = chunk(b, x, 2, axis)
+    return b(aten.mul.Tensor, first, b(aten.sigmoid.default, second))
+
+
 @decomposition(aten.unbind.int)
 def unbind(b: Any, x: Any, axis: int = 0) -> Any:
     return tuple(b(aten.select.int, x, axis, i) for i in range(_shape(b, x)[axis]))

@@ -90,8 +90,6 @@ rule(
     aten.contiguous.default,
     aten.alias.default,
     aten.lift_fresh.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
 )
 class Reshape(Linear):
     """The same entries in the same order under another shape."""
@@ -103,7 +101,7 @@ class Reshape(Linear):
         return stack.reshape(len(stack), *self.args[0].shape)
 
 
-@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 class Cast(Linear):
     """Another floating dtype. Tangents and adjoints have the dtype of their value."""
 
@@ -132,7 +130,7 @@ class Permute(Linear):
         return stack.permute(0, *(i + 1 for i in self.inverse))
 
 
-@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+@rule(aten.expand.default, aten.broadcast_to.default)
 class Expand(Linear):
     """Repetition along new or unit axes."""
 

@@ -1,0 +1,177 @@
+"""Capture: what is seen, what is refused and with which reason, and what a captured program may be used for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents import TangentsUnsupported, capture, capture_key
+from hoanalysis.models import MLP
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import Problem
+from tests.derivatives.cases_tangents import Case, nested
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Net(nn.Module):
+    """One hidden layer with a given function in the middle."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.last, self.middle = nn.Linear(4, 4), nn.Linear(4, 3), middle
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+def net_case(middle) -> Case:
+    return Case(Net(middle), (torch.randn(6, 4), torch.randint(0, 3, (6,))), F.cross_entropy)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, with a gradient that is not its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def no_grad_gate(x):
+    with torch.no_grad():
+        gate = torch.sigmoid(x)
+    return torch.tanh(x) * gate
+
+
+SEEN = {
+    "detach": lambda x: torch.tanh(x) * torch.sigmoid(x.detach()),
+    "no_grad": no_grad_gate,
+    "in place": lambda x: torch.sin(x).mul_(2.0).add_(x),
+    "max": lambda x: x - x.max(1, keepdim=True).values,
+    "where": lambda x: torch.where(x > 0, x * x, x.sin()),
+    "power of two tensors": lambda x: (x.square() + 1) ** torch.tanh(x),
+    "einsum": lambda x: torch.einsum("ij,ik->ik", x, torch.tanh(x)),
+    "std": lambda x: x / x.std(1, keepdim=True),
+    "norm": lambda x: F.normalize(x),
+    "logsumexp": lambda x: x - torch.logsumexp(x, 1, keepdim=True),
+    "cumsum": lambda x: torch.cumsum(x, 1).softmax(0),
+    "stack, split": lambda x: torch.stack(x.split(1, 1), 0).squeeze(-1).T.contiguous() ** 3,
+    "index": lambda x: torch.tanh(x)[:, [1, 0, 3, 3]],
+    "rms_norm": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3),
+    "glu": lambda x: torch.cat([F.glu(x), F.glu(x.sin())], 1),
+    "generic": lambda x: torch.special.i0(x) + torch.atan2(x, 2 + x * x),
+    "softplus, mish, silu, elu": lambda x: F.softplus(x) * F.mish(x) + F.silu(x) - F.elu(x),
+    "hardtanh, clamp, abs": lambda x: F.hardtanh(x) + x.clamp(-0.3, 0.4) * x.abs(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_functions_of_all_kinds(name):
+    case = net_case(SEEN[name])
+    problem, state, u, partition = case.ready()
+    c = torch.randn(len(partition))
+    first, second, third = nested(problem, state, u, partition, case.batch, c)
+    program = capture(problem, state, case.batch)
+    result = program.derivatives(state, u, partition, case.batch, Request(3))
+    streamed = program.derivatives(state, u, partition, case.batch, Request(2, diagonal=3))
+    program.check(problem, state, u, partition, case.batch, result)
+    for got, expected in ((result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third)):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    torch.testing.assert_close(streamed.tensors[2], result.tensors[2], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(streamed.diagonals[3], torch.einsum("iii->i", result.tensors[3]), rtol=1e-9, atol=1e-13)
+
+
+def test_a_custom_backward_is_found_out_by_the_check():
+    problem, state, u, partition = (case := net_case(Doubled.apply)).ready()
+    with pytest.raises(TangentsUnsupported, match=r"eager gradient|cannot be traced"):  # noqa: PT012 - either will do
+        program = capture(problem, state, case.batch)
+        program.check(problem, state, u, partition, case.batch)
+
+
+@pytest.mark.parametrize("middle", [lambda x: x if x.sum() > 0 else -x, lambda x: x * x.mean().item()])
+def test_branches_on_values_are_refused(middle):
+    problem, state, _, _ = (case := net_case(middle)).ready()
+    with pytest.raises(TangentsUnsupported, match="cannot be traced"):
+        capture(problem, state, case.batch)
+
+
+def test_writing_into_a_view_is_refused():
+    def middle(x):
+        y = torch.zeros_like(x)
+        y[:, 0] = x[:, 1]
+        return y
+
+    problem, state, _, _ = (case := net_case(middle)).ready()
+    with pytest.raises(TangentsUnsupported, match="views"):
+        capture(problem, state, case.batch)
+
+
+def test_a_program_serves_other_batches_and_points_of_the_same_shapes():
+    case = net_case(torch.tanh)
+    problem, state, u, partition = case.ready()
+    program = capture(problem, state, case.batch)
+    batch = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
+    moved = problem.state({n: p + 0.3 for n, p in state.parameters.items()})
+    assert capture_key(problem, moved, batch) == program.key
+    result = program.derivatives(moved, u, partition, batch, Request(2))
+    first, second, _ = nested(problem, moved, u, partition, batch, torch.ones(len(partition)))
+    torch.testing.assert_close(result.tensors[1], first, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(result.tensors[2], second, rtol=1e-10, atol=1e-14)
+    with pytest.raises(TangentsUnsupported, match="captured for a tensor"):
+        program.derivatives(state, u, partition, (batch[0][:3], batch[1][:3]), Request(2))
+
+
+def test_unused_parameters_give_exact_zeros_and_frozen_ones_are_constants():
+    model = MLP([4, 5, 3], "tanh")
+    model.unused = nn.Parameter(torch.randn(3))
+    model.layers[0].bias.requires_grad_(False)
+    batch = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
+    problem = Problem(model, [batch], loss=F.cross_entropy)
+    state, partition = problem.state(), Partition.canonical(model)
+    u = {n: torch.randn_like(p) for n, p in state.parameters.items()}
+    result = capture(problem, state, batch).derivatives(state, u, partition, batch, Request(3))
+    s = partition.labels.index("unused")
+    assert "layers.0.bias" not in partition.labels
+    assert all(not t.select(0, s).any() for t in result.tensors.values())
+    _, second, _ = nested(problem, state, u, partition, batch, torch.ones(len(partition)))
+    torch.testing.assert_close(result.tensors[2], second, rtol=1e-10, atol=1e-14)
+
+
+def test_what_detach_cuts_off_is_exactly_zero():
+    problem, state, u, partition = (case := net_case(lambda x: x.detach())).ready()
+    result = capture(problem, state, case.batch).derivatives(state, u, partition, case.batch, Request(2))
+    s = partition.labels.index("first.weight")
+    assert result.tensors[1][s] == 0
+    assert result.tensors[2][s].count_nonzero() == 0
+
+
+def test_orders_above_three_are_refused_for_now():
+    problem, state, u, partition = (case := net_case(torch.tanh)).ready()
+    program = capture(problem, state, case.batch)
+    with pytest.raises(TangentsUnsupported, match="above 3"):
+        program.derivatives(state, u, partition, case.batch, Request(4))
+
+
+def test_single_precision_agrees_with_double():
+    case = net_case(F.gelu)
+    problem, state, u, partition = case.ready()
+    exact = capture(problem, state, case.batch).derivatives(state, u, partition, case.batch, Request(3))
+    state = problem.state(dtype=torch.float32)
+    batch = problem.cast(case.batch, torch.float32)
+    program = capture(problem, state, batch)
+    single = program.derivatives(state, u, partition, batch, Request(3))
+    program.check(problem, state, u, partition, batch, single)
+    assert single.tensors[3].dtype == torch.float64
+    scale = float(exact.tensors[3].abs().max())
+    torch.testing.assert_close(single.tensors[3], exact.tensors[3], rtol=1e-4, atol=1e-5 * scale)
