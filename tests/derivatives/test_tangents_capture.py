@@ -54,7 +54,17 @@ def no_grad_gate(x):
     return torch.tanh(x) * gate
 
 
+def masked_by_slices(x):
+    mask = torch.ones(4, 4)
+    mask[0, 1:] = 0
+    seen = (x.detach() > 0).to(x.dtype)
+    seen[:, 0] = 1
+    return torch.tanh(x) @ mask * seen
+
+
 SEEN = {
+    "masks written in place": masked_by_slices,
+    "one minus": lambda x: (1 - x).sin() * torch.rsub(x, 2 * x.cos(), alpha=0.5),
     "detach": lambda x: torch.tanh(x) * torch.sigmoid(x.detach()),
     "no_grad": no_grad_gate,
     "in place": lambda x: torch.sin(x).mul_(2.0).add_(x),

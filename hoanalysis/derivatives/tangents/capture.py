@@ -172,6 +172,13 @@ class Builder:
         if not isinstance(target, Ref) or "out" in kwargs or not packet.endswith("_"):
             raise TangentsUnsupported(f"{op} writes to an argument")
         root = self._root[target.index]
+        inputs = flatten_inputs(args, kwargs)
+        if not any(self.nodes[i].live for i in inputs.values()) and root >= self.n_inputs:
+            static = all(self._static[i] for i in inputs.values())
+            if static or not self._static[root]:  # a mask being built: done again on every batch, in order
+                ref = self._emit(op, args, kwargs, inputs, live=False)
+                self._root[ref.index] = root
+                return ref
         if sum(r == root for r in self._root) > 1:
             raise TangentsUnsupported(f"{op} writes to a tensor that has views")
         if packet == "copy_":
