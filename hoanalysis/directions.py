@@ -28,7 +28,7 @@ from torch import Tensor
 from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_checkpoint
 from hoanalysis.errors import DirectionError, LossError, listed, nearest
 from hoanalysis.partitions import describe_parameters
-from hoanalysis.problem import Problem, State
+from hoanalysis.problem import Problem, State, naming_batch
 
 NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
 
@@ -133,9 +133,10 @@ def gradient(
     leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.items()}
     weight = 0.0
-    for raw in progress(problem.batches(max_batches)):
+    for index, raw in enumerate(progress(problem.batches(max_batches))):
         w = problem.size(raw)
-        loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
+        with naming_batch(index):
+            loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
         if not loss.requires_grad:
             raise LossError(
                 "the loss does not depend on any selected parameter",

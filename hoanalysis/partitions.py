@@ -165,6 +165,8 @@ class Partition:
     ) -> Partition:
         """Groups given by glob patterns on parameter names: ``{"convs": "conv*", "head": ["fc3.*"]}``.
 
+        The groups are in the order of their first parameters, whatever the order of the patterns.
+
         Parameters
         ----------
         rest
@@ -196,7 +198,8 @@ class Partition:
                     do="add a pattern, or pass rest='label' to gather them in one group",
                 )
             owner.update(dict.fromkeys(missing, rest))
-        order = {label: i for i, label in enumerate(dict.fromkeys([*patterns, *([rest] if rest and missing else [])]))}
+        first_use = [owner[n] for n in p.parameters]
+        order = {label: i for i, label in enumerate(dict.fromkeys([*first_use, *patterns]))}
         assignment: dict[str, Assignment] = {n: order[owner[n]] for n in p.parameters}
         return cls(tuple(order), p.parameters, assignment, "pattern", p.frozen)
 

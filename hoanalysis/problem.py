@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import random
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -337,7 +338,7 @@ class Problem:
         batch = self.cast(self.first_batch(), state.dtype)
         copies = {n: p.clone() for n, p in state.parameters.items()}
         values = []
-        with _keep_random_state():
+        with _keep_random_state(), naming_batch(0):
             for seed in (0, 1):
                 _seed_everything(seed)
                 values.append(float(self.batch_value(copies, state, batch).detach()))
@@ -591,6 +592,26 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _mode_matters(m: nn.Module) -> bool:
     return isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
+
+
+@contextlib.contextmanager
+def naming_batch(index: int) -> Iterator[None]:
+    """Errors of one batch with its number; an index that torch finds out of range (a label) is a `DataError`."""
+    try:
+        yield
+    except DataError as error:
+        if error.where:
+            raise
+        raise DataError(error.what, where=f"batch {index}", why=error.why, do=error.do, kept=error.kept) from error
+    except (IndexError, RuntimeError) as error:
+        if not re.search(r"out of (bounds|range)", str(error)):
+            raise
+        raise DataError(
+            f"a batch holds an index that is out of range: {error}",
+            where=f"batch {index}",
+            why="a label or token is not below the number of classes, or is negative",
+            do="check the labels, the vocabulary, and ignore_index of the loss",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 
 from hoanalysis import schema, units
 from hoanalysis._version import __version__
-from hoanalysis.checkpoints import Checkpoint, Run, fit, load_checkpoint
+from hoanalysis.checkpoints import Checkpoint, Run, load_checkpoint
 from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.tangents import TangentsUnsupported
-from hoanalysis.directions import Direction, Recipe, group_norms
+from hoanalysis.directions import Direction, Recipe, digest, group_norms
 from hoanalysis.directions import resolve as resolve_direction
 from hoanalysis.errors import ArgumentError, CheckpointError, NumericsError, listed
-from hoanalysis.partitions import Partition, describe_parameters
+from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows
 from hoanalysis.store import Store
@@ -242,38 +242,40 @@ class Work:
     @property
     def name(self) -> str:
         """A file-name-safe name for direction and partition."""
-        return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.direction_name}-{self.partition.name}").strip("-")
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.direction_name}-{self.partition.name}").strip("-")
+        named = isinstance(self.settings.partition, str)
+        return name if named else f"{name}-{self.partition.fingerprint()[:8]}"
 
     # ---- the point and the direction ----------------------------------------------------------------------------
 
     def state(self, checkpoint: Checkpoint | Mapping[str, Tensor] | None) -> State:
-        weights = None
-        if checkpoint is not None:
-            known, _ = describe_parameters(self.problem.model, include_frozen=True)
-            aliases = {n: info.aliases for n, info in known.items() if info.aliases}
-            named = {*known, *(a for others in aliases.values() for a in others)}
-            buffers = {n: t.shape for n, t in self.problem.model.state_dict().items() if n not in named}
-            weights = fit(checkpoint, {n: info.shape for n, info in known.items()}, buffers, aliases=aliases)
+        weights = None if checkpoint is None else self.problem.fitted(checkpoint)
         state = self.problem.state(weights, dtype=self.dtype, include_frozen=self.settings.include_frozen)
         if checkpoint is None:
             _refuse_nonfinite(state)
         return state
 
     def direction(
-        self, state: State, checkpoint: Any, run: Run | None, progress: bool, store: Store | None = None
+        self,
+        state: State,
+        checkpoint: Any,
+        run: Run | None,
+        progress: bool,
+        store: Store | None = None,
+        identity: tuple | None = None,
     ) -> Direction:
         """The direction at a checkpoint: from the store, from the last call on the same weights, or computed."""
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else None
-        key = self.direction_key(loaded.sha256) if loaded is not None else None
+        key = self.direction_key(loaded.sha256) if loaded is not None and store is not None else None
         stored = store.read_arrays(key) if store is not None and key is not None else None
         if stored is not None:
             tensors = {n: torch.from_numpy(stored[n]) for n in state.parameters}
             return Direction(tensors, self.direction_name)
-        identity = ("direction", self._identity(checkpoint))
+        identity = identity or self._identity(state, checkpoint)
         cached = self.problem.cache.get("direction")
-        if cached is not None and cached[0] == identity:
-            return cached[1]
         s = self.settings
+        if isinstance(s.direction, str) and cached is not None and cached[0] == identity:
+            return cached[1]
         u = resolve_direction(
             s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
             progress=lambda it: _bar(it, progress, "gradient"),
@@ -284,15 +286,13 @@ class Work:
             store.publish_arrays(key, {n: t.cpu().numpy() for n, t in u.tensors.items()})
         return u
 
-    def _identity(self, checkpoint: Any) -> tuple:
-        """Tells whether two calls on one problem are about the same weights, data and setting, without hashing them."""
+    def _identity(self, state: State, checkpoint: Any) -> tuple:
+        """Tells whether two calls on one problem are about the same weights, data and setting."""
         s = self.settings
-        if isinstance(checkpoint, Checkpoint):
-            weights: tuple = (checkpoint.sha256,)
-        else:
-            tensors = self.problem.model.state_dict(keep_vars=True) if checkpoint is None else checkpoint
-            weights = tuple((id(t), t._version) for t in tensors.values())
-        return (weights, str(s.direction), s.seed, s.max_batches, str(self.dtype), s.include_frozen)
+        where = checkpoint.sha256 if isinstance(checkpoint, Checkpoint) else ""  # momentum, "to:next" depend on it
+        weights = digest({**state.parameters, **state.fixed})
+        recipe = s.direction if isinstance(s.direction, str) else ""  # tensors and functions are never cached
+        return (weights, where, recipe, s.seed, s.max_batches, str(self.dtype), s.include_frozen)
 
     # ---- keys ---------------------------------------------------------------------------------------------------
 
@@ -354,11 +354,11 @@ class Work:
         """The un-normalised sums of one checkpoint over the data."""
         s = self.settings
         state = self.state(checkpoint)
-        identity = self._identity(checkpoint)
+        identity = self._identity(state, checkpoint)
         if self.problem.cache.get("deterministic") != identity:
             self.problem.check_deterministic(state)
             self.problem.cache["deterministic"] = identity
-        u = self.direction(state, checkpoint, run, progress, store)
+        u = self.direction(state, checkpoint, run, progress, store, identity)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory)
         engine = engines.choose(task, s.engine, check_all=s.self_check)
         try:
@@ -392,7 +392,8 @@ class Work:
 
     def _self_check(self, task: engines.Task, engine: engines.Engine, identity: tuple) -> float:
         """The self-check, once for the same weights, partition, orders and engine."""
-        key = ("self check", identity, self.partition.fingerprint(), task.request, engine.name)
+        u = "" if isinstance(self.settings.direction, str) else digest(task.direction)
+        key = (identity, u, self.partition.fingerprint(), task.request, engine.name)
         cached = self.problem.cache.get("self check")
         if cached is None or cached[0] != key:
             cached = self.problem.cache["self check"] = (key, engines.self_check(task, engine))

@@ -199,7 +199,8 @@ def test_blocks_are_consecutive_and_even():
 
 
 def test_patterns_assign_parameters_to_groups():
-    p = Partition.by_pattern(Net(), {"first": "body.0.*", "last": ["body.2.weight", "body.2.bias"]}, rest="others")
+    p = Partition.by_pattern(Net(), {"last": ["body.2.weight", "body.2.bias"], "first": "body.0.*"}, rest="others")
+    assert p.labels == ("others", "first", "last")  # by their first parameters
     assert dict(zip(p.labels, p.members(), strict=True)) == {
         "first": ["body.0.weight", "body.0.bias"],
         "last": ["body.2.weight", "body.2.bias"],

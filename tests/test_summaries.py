@@ -416,6 +416,34 @@ def test_a_bad_batch_is_named() -> None:
     assert "[4]" in str(caught.value)
 
 
+@pytest.mark.parametrize("position", [0, 2])
+@pytest.mark.parametrize("recipe", ["gradient", "weights"])
+def test_a_label_out_of_range_is_named(engine: str, recipe: str, position: int) -> None:
+    batches = make_batches()
+    batches[position][1][1] = 7
+    with pytest.raises(DataError, match=f"(?s)out of range.*batch {position}"):
+        ho.summarize(make_problem(batches), 2, direction=recipe, engine=engine, progress=False)
+
+
+def test_new_weights_are_never_taken_for_the_old_ones(engine: str) -> None:
+    """Neither state_dicts at recycled addresses nor weights changed behind autograd's back."""
+    model, batches = make_model(), make_batches()
+    problem = make_problem(batches, model)
+    for seed in range(6):
+        weights = {k: v.clone() for k, v in make_model(seed).state_dict().items()}
+        ds = ho.summarize(problem, 1, checkpoint=weights, engine=engine, progress=False)
+        fresh = ho.summarize(make_problem(batches, make_model(seed)), 1, engine=engine, progress=False)
+        del weights
+        np.testing.assert_allclose(ds.D1, fresh.D1, **EXACT)
+    before = ho.summarize(problem, 1, engine=engine, progress=False)
+    for p in model.parameters():
+        p.data.add_(0.5)
+    after = ho.summarize(problem, 1, engine=engine, progress=False)
+    fresh = ho.summarize(make_problem(batches, model), 1, engine=engine, progress=False)
+    np.testing.assert_allclose(after.D1, fresh.D1, **EXACT)
+    assert not np.allclose(after.D1, before.D1)
+
+
 def test_an_overflow_is_named() -> None:
     model = make_model().float()
     batches = [(x.float(), y) for x, y in make_batches()]

@@ -11,7 +11,7 @@ from hoanalysis import schema
 from hoanalysis.derivatives.common import BatchDerivatives
 from hoanalysis.derivatives.engines import Engine, check_finite
 from hoanalysis.errors import DataError
-from hoanalysis.problem import count_rows, tensors_of
+from hoanalysis.problem import count_rows, naming_batch, tensors_of
 from hoanalysis.units import Accumulator
 
 MIN_BATCHES = 8  # below this a standard error is itself too uncertain to stop by
@@ -39,7 +39,8 @@ def accumulate(
     for index, raw in enumerate(progress(problem.batches(max_batches))):
         batch = problem.cast(raw, task.state.dtype)
         weight = problem.size(raw)
-        result = engine.batch(batch)
+        with naming_batch(index):
+            result = engine.batch(batch)
         if not np.isfinite(result.loss):
             _refuse_nonfinite_inputs(batch, index)
         check_finite(result, f"batch {index}")
