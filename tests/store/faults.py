@@ -153,16 +153,20 @@ class Server:
             cwd=ROOT,
             text=True,
         )
+        self._child = 0
 
     def start(self, job: Job) -> int:
         """The process id of a child that is on its way; `end` must follow."""
         Path(job.acks or os.devnull).write_text("")
+        self._end_the_last()
         self._job = job
         self._say(json.dumps(asdict(job)))
-        return json.loads(self._line())
+        self._child = json.loads(self._line())
+        return self._child
 
     def end(self) -> End:
         self._say("")
+        self._child = 0
         status, error = json.loads(self._line())
         assert status != 4, error  # anything but a StoreError is a fault of ours
         return End(status, error, acks_in(self._job.acks))
@@ -171,7 +175,14 @@ class Server:
         self.start(job)
         return self.end()
 
+    def _end_the_last(self) -> None:
+        """Kill a child that a failed test did not wait for."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            self.end()
+
     def close(self) -> None:
+        self._end_the_last()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()

@@ -179,6 +179,7 @@ def test_S4_a_forked_child_does_not_keep_the_lock(folder: Path) -> None:
     if not (pid := os.fork()):
         try:
             store.publish({"a": 1}, workload.unit(0))
+            os.write(ready[1], b"published")
         except StoreError as error:
             os.write(ready[1], error.why.encode())
         os.read(go[0], 1)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,23 +41,20 @@ def test_a_reader_during_writing_sees_whole_units_only(server: Server, folder: P
     assert looks > 3
 
 
-def test_of_many_writers_one_makes_the_store(folder: Path) -> None:
+@pytest.mark.parametrize("attempt", range(10))
+def test_of_many_writers_one_makes_the_store(folder: Path, attempt: int) -> None:
     """Eight threads open a store that is not there; one gets it, the others hear who has it, nothing is left over."""
     start = threading.Barrier(8)
-    got: list[Store | StoreError] = []
 
-    def open_it() -> None:
+    def open_it(_: int) -> Store | StoreError:
         start.wait()
         try:
-            got.append(Store.open(folder, mode="w"))
+            return Store.open(folder, mode="w")
         except StoreError as error:
-            got.append(error)
+            return error
 
-    threads = [threading.Thread(target=open_it) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(open_it, range(8)))
     (store,) = (g for g in got if isinstance(g, Store))
     assert all("another writer holds" in str(g) for g in got if isinstance(g, StoreError))
     store.publish({"a": 1}, workload.unit(0))

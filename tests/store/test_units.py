@@ -84,6 +84,13 @@ def test_equal_datasets_are_equal_bytes_in_another_process() -> None:
     assert other.stdout == mine
 
 
+def test_the_encoding_of_another_file_is_not_inherited() -> None:
+    """Compression, fill values and packing of the file that a Dataset came from would change bytes, or numbers."""
+    encoded = varied()
+    encoded["half"].encoding = {"dtype": "int16", "scale_factor": 2.0, "_FillValue": -1, "zlib": True}
+    assert container.netcdf_bytes(encoded) == container.netcdf_bytes(varied())
+
+
 def test_arrays_are_equal_bytes_in_any_order_and_layout() -> None:
     a, b = np.arange(6.0).reshape(2, 3), np.arange(4)
     assert container.arrays_bytes({"b": b, "a": a}) == container.arrays_bytes({"a": np.asfortranarray(a), "b": b})
