@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORT := reports/lenet5-mnist
 
-.PHONY: report test lab lint clean
+.PHONY: report test lab lint figures clean
 
 report: .venv
 	$(BIN)/hoanalysis report data/lenet5-mnist/study.toml --out $(REPORT)
@@ -16,6 +16,9 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+figures: report
+	$(BIN)/python docs/figures.py $(REPORT)/summaries.nc docs/lenet5-mnist.png
 
 lab: .venv
 	$(BIN)/jupyter lab --notebook-dir=notebooks

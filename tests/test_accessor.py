@@ -55,7 +55,7 @@ def test_results_can_be_stored(tmp_path):
 def test_plots_are_found_by_name():
     ds = example()
     assert set(plots.__all__) <= set(dir(ds.ho.plot))
-    assert ds.ho.plot.matrix("inverse").get_title().startswith("Inverse")
+    assert ds.ho.plot.matrix(which="inverse").get_title().startswith("Inverse")
     with pytest.raises(AttributeError, match="did you mean 'matrix'"):
         ds.ho.plot.matrx  # noqa: B018
 

@@ -21,9 +21,9 @@ TITLES = {"H": "Pseudo-Hessian", "inverse": "Inverse of the pseudo-Hessian", "sc
 
 def matrix(
     ds: xr.Dataset,
-    which: Which = "H",
     ax: Axes | None = None,
     *,
+    which: Which = "H",
     step: Any = None,
     scale: str | None = None,
     regularization: Regularization = None,
@@ -52,9 +52,9 @@ def matrix(
 
 def blocks(
     ds: xr.Dataset,
-    which: Which = "H",
     ax: Axes | None = None,
     *,
+    which: Which = "H",
     step: Any = None,
     scale: str | None = None,
     regularization: Regularization = None,
