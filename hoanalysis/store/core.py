@@ -1,15 +1,6 @@
-"""The run store: a folder of immutable unit files, one writer, any number of readers.
-
-store.json     the manifest; the folder appears by rename with it
-lock           flock of the writer, and who it is
-units/         <SHA-256 of the key>.unit, see `hoanalysis.store.container`
-plans/         which units each study asks for, see `hoanalysis.store.plans`
-tmp/           files on their way; what a dead writer left is removed when the next one opens
-quarantine/    files that were not what was published
-"""
+"""The run store: immutable units in a folder (`hoanalysis.store.layout`), one writer, any number of readers."""
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -23,17 +14,14 @@ import xarray as xr
 
 from hoanalysis.errors import ArgumentError, StoreError
 from hoanalysis.store import container, files, plans
-from hoanalysis.store.describe import described, missing, readable_manifest
 from hoanalysis.store.files import explained, shown
-from hoanalysis.store.lock import Lock, alone_in
+from hoanalysis.store.layout import VERSION, create, make_ready, occupied, version_of
+from hoanalysis.store.lock import Lock
 
 T = TypeVar("T")
 
 log = logging.getLogger("hoanalysis.store")
 
-VERSION = 1
-MANIFEST = "store.json"
-_FOLDERS = ("units", "plans", "tmp", "quarantine")
 _UNIT = re.compile(r"([0-9a-f]{64})\.unit")
 _MANY_UNITS = 100_000
 
@@ -258,15 +246,15 @@ class Store:
 
 
 def _open_to_read(path: Path) -> Store:
-    store = Store(path, None, _version(path))
+    store = Store(path, None, version_of(path))
     if store.version > VERSION:
         store._note(f"the store {shown(path)} was written by a newer version; what cannot be read is taken as absent")
     return store
 
 
 def _open_to_write(path: Path) -> Store:
-    lock = None if _occupied(path) else _create(path)
-    version = _version(path)
+    lock = None if occupied(path) else create(path)
+    version = version_of(path)
     if version > VERSION:
         raise StoreError(
             f"this store has version {version}, written by a newer hoanalysis, and this one writes version {VERSION}",
@@ -275,79 +263,8 @@ def _open_to_write(path: Path) -> Store:
         )
     lock = lock or Lock(path / "lock")
     try:
-        _make_ready(path)
+        make_ready(path)
     except BaseException:
         lock.release()
         raise
     return Store(path, lock)
-
-
-def _version(path: Path) -> int:
-    """The version in the manifest; raises `StoreError` where there is no store."""
-    if not _exists(path):
-        raise missing(path, "store")
-    if not (path / MANIFEST).is_file():
-        raise StoreError(
-            "this folder is not a store" if path.is_dir() else "this is a file, not the folder of a store",
-            where=shown(path),
-            why=described(path),
-            do="give the folder of a store, or a new folder for a new one",
-        )
-    return readable_manifest(path / MANIFEST)["version"]
-
-
-def _exists(path: Path) -> bool:
-    """Whether something is there; a path that cannot be (a loop of links, too long a name) raises."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _occupied(path: Path) -> bool:
-    """Whether something is at ``path`` that a new store may not replace; an empty folder is nothing."""
-    return _exists(path) and not (path.is_dir() and not any(path.iterdir()))
-
-
-def _make_ready(path: Path) -> None:
-    """Clear what a dead writer left, and make durable what it may have renamed without living to fsync."""
-    for name in _FOLDERS:  # copies of a store often lack its empty folders
-        (path / name).mkdir(exist_ok=True)
-    for left in (path / "tmp").iterdir():
-        files.remove_quietly(left)
-    for folder in (path / "units", path / "plans", path):
-        files.sync_folder(folder)
-    with contextlib.suppress(PermissionError):  # a parent that may be entered but not read
-        files.sync_folder(path.parent)
-
-
-def _create(path: Path) -> Lock | None:
-    """The folder with its manifest, by rename, and its lock; None where another process was faster."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(path.parent):
-        temporary = path.parent / (files.HALF_MADE + files.token())
-        temporary.mkdir()
-        lock = None
-        try:
-            lock = Lock(temporary / "lock")
-            _fill(temporary)
-            if _occupied(path):
-                raise FileExistsError
-            os.rename(temporary, path)
-        except BaseException as error:
-            if lock is not None:
-                lock.release()
-            files.remove_tree(temporary)
-            if isinstance(error, FileExistsError):
-                return None
-            raise
-    return lock
-
-
-def _fill(folder: Path) -> None:
-    for name in _FOLDERS:
-        (folder / name).mkdir()
-    manifest = {"format": "hoanalysis-store", "version": VERSION}
-    files.write_durably(folder / MANIFEST, json.dumps(manifest).encode() + b"\n")
-    files.sync_folder(folder)

@@ -11,9 +11,10 @@ import xarray as xr
 from hoanalysis import schema
 from hoanalysis.errors import ArgumentError, SchemaError, StoreError
 from hoanalysis.store import container, files
-from hoanalysis.store.core import MANIFEST, Store
+from hoanalysis.store.core import Store
 from hoanalysis.store.describe import described, is_zarr, missing
 from hoanalysis.store.files import explained, shown
+from hoanalysis.store.layout import MANIFEST
 from hoanalysis.store.lock import alone_in
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
