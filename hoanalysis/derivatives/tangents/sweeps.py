@@ -89,6 +89,8 @@ def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], shape: tu
                 out[where] = data
             else:
                 through[0].push_into(through[1], data, out[where])
+        elif through is not None and written.issuperset(have) and isinstance(where, slice):
+            through[0].push_onto(through[1], data, out[where])
         else:
             pushed = data if through is None else through[0].push(through[1], data)
             if new := tuple(g for g in have if g not in written):

@@ -65,6 +65,10 @@ class Local:
         """`push` written to ``out``: worth overriding where it saves a copy of the whole stack."""
         out.copy_(self.push(key, stack))
 
+    def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        """`push` added to ``out``."""
+        out += self.push(key, stack)
+
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         raise NotImplementedError
 

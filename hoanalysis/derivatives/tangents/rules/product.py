@@ -263,6 +263,12 @@ class LinearLayer(Product):
         else:
             out.copy_(self.push(key, stack))
 
+    def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        if key == 0:
+            out.view(-1, out.shape[-1]).addmm_(stack.reshape(-1, stack.shape[-1]), self.b.mT)
+        else:
+            out += self.push(key, stack)
+
     def push_bias(self, stack: Tensor) -> Tensor:
         return spread(stack, self.value.shape)
 
@@ -283,6 +289,22 @@ class MatrixProduct(Product):
 
     def apply(self, a: Tensor, b: Tensor, stacked_a: bool, stacked_b: bool) -> Tensor:
         return self._multiply(a, b, stacked_a, stacked_b)
+
+    def _batched(self, key: Key, stack: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The product as one batch of matrices: the fixed factor is repeated, which is small beside the output."""
+        shape = out.shape[:-2]
+        pair = (stack, self.b) if key == 0 else (self.a, stack)
+        x, y = (lift(t, self.value.dim()) if t is stack else t for t in pair)
+        x, y = (t.expand(*shape, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (x, y))
+        return out.view(-1, *out.shape[-2:]), x, y
+
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        flat, x, y = self._batched(key, stack, out)
+        torch.bmm(x, y, out=flat)
+
+    def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        flat, x, y = self._batched(key, stack, out)
+        flat.baddbmm_(x, y)
 
     def pull_a(self, y: Tensor, b: Tensor, stacked_y: bool, stacked_b: bool) -> Tensor:
         return sum_to(self._multiply(y, b.mT, stacked_y, stacked_b), self.a.shape)
