@@ -73,12 +73,18 @@ class _Moments(Local):
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._centred(x)
-        sums.add_diagonal(x.groups, 3 * (T * T * self._own_third(lam, T)).flatten(1).sum(1))
+        T, w = self._centred(x), self._weight(lam)
+        squares = T.square()
+        total = (squares * T).flatten(1) @ w.flatten() - self._mixed(T, w, squares)
+        sums.add_diagonal(x.groups, total)
         for x2 in bent.values():
             t = take(T, x.groups, x2.groups)
             centred = x2.data - self._mean(x2.data)
-            sums.add_diagonal(x2.groups, 3 * ((t * centred).flatten(1) @ self._weight(lam).flatten()))
+            sums.add_diagonal(x2.groups, 3 * (centred.mul_(t).flatten(1) @ w.flatten()))
+
+    def _mixed(self, T: Tensor, w: Tensor, squares: Tensor) -> Tensor | float:
+        """3 <w, T~> <p, T~^2> summed over rows, where the op has that term."""
+        return 0.0
 
 
 @rule(aten.softmax.int, aten._softmax.default)
@@ -104,6 +110,10 @@ class Softmax(_Moments):
         w = self._weight(lam)
         weighted = centred * w
         return weighted / 3 - weighted.sum(self.axis, keepdim=True) * self.p
+
+    def _mixed(self, T: Tensor, w: Tensor, squares: Tensor) -> Tensor:
+        rows = (T * w).sum(self.axis) * (squares * self.p).sum(self.axis)
+        return 3 * rows.flatten(1).sum(1)
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
