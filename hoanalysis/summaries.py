@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import re
@@ -375,7 +374,6 @@ class Work:
             "engine_detail": "; ".join(dict.fromkeys(task.notes)),
             "self_check": error,
             "suspect": bool(error > engines.tolerance(state)),
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "torch_threads": torch.get_num_threads(),
             "direction": u.provenance,
         }

@@ -14,6 +14,7 @@ most K contiguous blocks of batches. Nothing here needs torch: a store is read, 
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -204,7 +205,8 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", *schema.GROUP_COORDS_BY_STEP)}
     attrs = {
         **plan["attrs"],
-        "created_at": max((f.get("created_at", "") for f in facts), default=""),
+        # Of this Dataset, not of the units: a unit that is computed again must be bit-identical to the first.
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "suspect": sum(bool(f.get("suspect")) for f in facts),
         "n_samples": int(np.max(samples)),
         "coverage": float(np.sum(read_units)) / max(wanted, 1),

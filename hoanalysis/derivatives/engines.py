@@ -18,6 +18,7 @@ from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
 FEW_GROUPS = 4
+PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
 
 
 @dataclass
@@ -48,13 +49,17 @@ class Engine:
     def chunk(self, batch: Batch) -> BatchDerivatives:
         raise NotImplementedError
 
+    def affordable(self, batch: Batch) -> int:
+        """How many samples of this batch fit into the memory budget at once."""
+        return count_rows(batch)
+
     def batch(self, batch: Batch) -> BatchDerivatives:
         """The derivatives of one batch (already cast). A chunk that does not fit in memory is halved."""
         problem = self.task.problem
         while True:
             try:
                 rows = count_rows(batch)
-                step = min(self.rows or rows, rows)
+                step = even(rows, min(self.rows or rows, self.affordable(batch)))
                 if step == rows:
                     return self.chunk(batch)
                 whole = 1.0 if problem.reduction == "sum" else problem.size(batch)
@@ -69,6 +74,16 @@ class Engine:
                     raise
                 self.rows = step // 2
                 self.task.notes.append(f"out of memory with {step} samples at once; went on with {self.rows}")
+
+
+def even(rows: int, most: int) -> int:
+    """The size of chunks of at most ``most`` that cut ``rows`` evenly, so that at most two sizes occur.
+
+    >>> even(512, 200), even(64, 64), even(10, 4)
+    (171, 64, 4)
+    """
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
 
 
 class Nested(Engine):
@@ -94,12 +109,28 @@ class Tangents(Engine):
         self.programs: dict[Hashable, Program] = task.problem.cache.setdefault("programs", {})
         self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
 
-    def chunk(self, batch: Batch) -> BatchDerivatives:
+    def affordable(self, batch: Batch) -> int:
+        """The budget over the predicted peak of a few samples: memory grows with the samples, but for the weights."""
+        t, rows = self.task, count_rows(batch)
+        if rows <= PROBE or not t.problem.splittable:
+            return rows
+        _, probe = self._program(t.problem.take_rows(batch, 0, PROBE))
+        each = probe.peak_bytes_per_sample(t.partition, t.request)
+        fits = max(1, int(t.memory / each)) if each else rows
+        if fits < rows:
+            t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
+        return min(rows, fits)
+
+    def _program(self, batch: Batch) -> tuple[Hashable, Program]:
         t = self.task
         key = capture_key(t.problem, t.state, batch)
         if key not in self.programs:
             self.programs[key] = capture(t.problem, t.state, batch)
-        program = self.programs[key]
+        return key, self.programs[key]
+
+    def chunk(self, batch: Batch) -> BatchDerivatives:
+        t = self.task
+        key, program = self._program(batch)
         result = program.derivatives(t.state, t.direction, t.partition, batch, t.request)
         once = (key, t.partition.fingerprint())
         if self.check_all or once not in self._checked:
@@ -136,7 +167,7 @@ def fall_back(task: Task, engine: str, reason: TangentsUnsupported) -> Engine:
     return Nested(task)
 
 
-def self_check(task: Task, engine: Engine, rows: int = 16, seed: int = 0) -> float:
+def self_check(task: Task, engine: Engine, rows: int = PROBE, seed: int = 0) -> float:
     """The largest relative error over the orders, on a few samples, against univariate nested differentiation.
 
     With random c, sum over all indices of D^(d)[s1..sd] c_s1 .. c_sd must equal the d-th derivative of

@@ -1,0 +1,234 @@
+"""Which engine runs, in which chunks, and what is said about it; both engines on both shipped runs."""
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hoanalysis as ho
+from hoanalysis.derivatives import engines
+from hoanalysis.derivatives.tangents import Program
+from hoanalysis.errors import ModelError
+from hoanalysis.models import VGG11Prime
+from hoanalysis.study import StudySpec
+from tests import oracles
+
+DATA = Path(__file__).parents[2] / "data"
+QUIET = {"progress": False, "self_check": False}
+
+
+@pytest.mark.parametrize(("name", "rows"), [("lenet5-mnist", 4), ("gpt-docs", 2)])
+def test_both_engines_give_the_same_dataset_on_the_shipped_runs(name: str, rows: int) -> None:
+    spec = StudySpec.read(DATA / name)
+    shipped, checkpoint = spec.problem(), spec.run()[-1]
+    x, y = shipped.first_batch()
+    if name == "gpt-docs":
+        x, y = x[:, :16], y[:, :16]  # nested needs 465 backward passes
+    batches = [(x[i : i + rows], y[i : i + rows]) for i in (0, rows)]
+    problem = ho.Problem(shipped.model, batches, shipped.loss)
+    both = [
+        ho.summarize(problem, 3, dtype="float64", engine=e, checkpoint=checkpoint, keep_batches=2, progress=False)
+        for e in ("tangents", "nested")
+    ]
+    assert [ds.engine.item() for ds in both] == ["tangents", "nested"]
+    assert both[0].sizes == both[1].sizes
+    for variable in both[0].data_vars:
+        a, b = (ds[variable].values for ds in both)
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-11 * np.abs(b).max(), err_msg=str(variable))
+
+
+class Detached(nn.Module):
+    """A product whose factor is cut off: the loss alone would not show that a capture lost it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(x) * torch.sigmoid(self.inner(x)).detach()
+
+
+class Swish(torch.autograd.Function):
+    """x sigmoid(x), with a backward of its own that is differentiable again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return g * (s + x * s * (1 - s))
+
+
+class WithSwish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(Swish.apply(self.first(x)))
+
+
+@pytest.mark.parametrize("make", [Detached, WithSwish])
+def test_whatever_engine_auto_takes_the_numbers_are_right_and_the_reason_is_said(make) -> None:
+    torch.manual_seed(0)
+    model = make().double()
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
+    u = oracles.random_like(dict(model.named_parameters()), 4)
+    problem = ho.Problem(model, [(x, y)], F.cross_entropy)
+    auto = ho.summarize(problem, 3, direction=u, progress=False)
+    nested = ho.summarize(problem, 3, direction=u, engine="nested", progress=False)
+    for name in ("D1", "D2", "D3"):
+        np.testing.assert_allclose(auto[name], nested[name], rtol=1e-9, atol=1e-13)
+    assert (auto.engine.item() == "tangents") != bool(
+        re.search("nested instead of tangents", auto.engine_detail.item())
+    )
+
+
+def test_a_wrong_program_is_caught_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose D1 is wrong by 1 % must not get through; where tangents was asked for, that is an error."""
+    right = Program.derivatives
+
+    def wrong(self, *args):
+        result = right(self, *args)
+        result.tensors[1][0] *= 1.01
+        return result
+
+    monkeypatch.setattr(Program, "derivatives", wrong)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    problem = ho.Problem(model, [(torch.randn(6, 4), torch.randint(0, 3, (6,)))], F.cross_entropy)
+    ds = ho.summarize(problem, 2, direction="weights", progress=False)
+    assert ds.engine.item() == "nested"
+    assert "eager gradient" in ds.engine_detail.item()
+    with pytest.raises(ModelError, match="cannot differentiate"):
+        ho.summarize(problem, 2, direction="weights", engine="tangents", progress=False)
+
+
+def test_a_self_check_that_fails_flags_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Program.derivatives
+
+    def wrong(self, *args):
+        result = right(self, *args)
+        if 2 in result.tensors:
+            result.tensors[2][0, 0] *= 1.2
+        return result
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    batch = (torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))
+    good = ho.summarize(ho.Problem(model, [batch], F.cross_entropy), 2, direction="weights", progress=False)
+    assert good.attrs["suspect"] == 0
+    assert float(good.self_check) < 1e-12
+    monkeypatch.setattr(Program, "derivatives", wrong)
+    bad = ho.summarize(ho.Problem(model, [batch], F.cross_entropy), 2, direction="weights", progress=False)
+    assert bad.attrs["suspect"] == 1
+    assert float(bad.self_check) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["tangents", "nested"])
+def test_chunks_add_up_to_the_whole(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With masked targets, so that chunks weigh differently."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(50, 4).double(), torch.randint(0, 3, (50,))
+    y[torch.rand(50) < 0.3] = -100
+    u = oracles.random_like(dict(model.named_parameters()), 4)
+    whole = ho.summarize(ho.Problem(model, [(x, y)], F.cross_entropy), 3, direction=u, engine=engine, **QUIET)
+    sizes = []
+    chunk = engines.Tangents.chunk if engine == "tangents" else engines.Nested.chunk
+
+    def record(self, batch):
+        sizes.append(len(batch[0]))
+        return chunk(self, batch)
+
+    def most(self, batch):
+        return 12
+
+    kind = engines.Tangents if engine == "tangents" else engines.Nested
+    monkeypatch.setattr(kind, "chunk", record)
+    monkeypatch.setattr(kind, "affordable", most)
+    cut = ho.summarize(ho.Problem(model, [(x, y)], F.cross_entropy), 3, direction=u, engine=engine, **QUIET)
+    assert sizes == [10] * 5
+    for name in ("loss", "D1", "D2", "D3"):
+        np.testing.assert_allclose(cut[name], whole[name], rtol=1e-10, atol=1e-13)
+
+
+def test_out_of_memory_halves_the_chunk_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+    u = oracles.random_like(dict(model.named_parameters()), 4)
+    problem = ho.Problem(model, [(x, y)], F.cross_entropy)
+    whole = ho.summarize(problem, 3, direction=u, engine="nested", **QUIET)
+    chunk = engines.Nested.chunk
+
+    def small_machine(self, batch):
+        if len(batch[0]) > 5:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+        return chunk(self, batch)
+
+    monkeypatch.setattr(engines.Nested, "chunk", small_machine)
+    ds = ho.summarize(problem, 3, direction=u, engine="nested", **QUIET)
+    assert "went on with 4" in ds.engine_detail.item()
+    np.testing.assert_allclose(ds.D3, whole.D3, rtol=1e-10, atol=1e-13)
+
+
+def test_a_batch_coupled_loss_is_taken_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(40, 4).double(), torch.randint(0, 3, (40,))
+    problem = ho.Problem(model, [(x, y)], F.cross_entropy)
+    assert not problem.splittable
+    u = oracles.random_like(dict(model.named_parameters()), 4)
+    tight = ho.summarize(problem, 3, direction=u, memory="1KiB", **QUIET)
+    nested = ho.summarize(problem, 3, direction=u, engine="nested", **QUIET)
+    np.testing.assert_allclose(tight.D3, nested.D3, rtol=1e-9, atol=1e-12)
+
+
+def test_few_groups_and_high_orders_take_the_nested_engine_and_say_why() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    problem = ho.Problem(model, [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))], F.cross_entropy)
+    few = ho.summarize(problem, 3, partition="layer", direction="weights", **QUIET)
+    assert few.engine.item() == "nested"
+    assert "cheaper" in few.engine_detail.item()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
+@pytest.mark.parametrize("order", [2, 3])
+def test_peak_memory_keeps_to_the_budget(order: int) -> None:
+    """A VGG-11' of half width on 256 images: the peak above the start is at most the budget plus 20 %."""
+    torch.manual_seed(0)
+    model = VGG11Prime(width=0.5)
+    problem = ho.Problem(model, [(torch.randn(256, 3, 32, 32), torch.randint(0, 10, (256,)))], F.cross_entropy)
+    u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    budget, start, peak, done = 2**28, resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        ds = ho.summarize(problem, order, direction=u, memory=budget, **QUIET)
+    finally:
+        done.set()
+        watcher.join()
+    assert "in chunks of at most" in ds.engine_detail.item()
+    assert peak[0] - start <= 1.2 * budget
