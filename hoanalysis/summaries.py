@@ -359,8 +359,8 @@ class Work:
             self.problem.cache["deterministic"] = identity
         u = self.direction(state, checkpoint, run, progress, store, identity)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory)
-        engine = engines.choose(task, s.engine, check_all=s.self_check)
         try:
+            engine = engines.choose(task, s.engine, check_all=s.self_check)
             error, sums = self._run(engine, identity, progress)
         except TangentsUnsupported as reason:
             engine = engines.fall_back(task, s.engine, reason)

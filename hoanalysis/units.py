@@ -207,6 +207,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
         **plan["attrs"],
         # Of this Dataset, not of the units: a unit that is computed again must be bit-identical to the first.
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "units": wanted,
         "suspect": sum(bool(f.get("suspect")) for f in facts),
         "n_samples": int(np.max(samples)),
         "coverage": float(np.sum(read_units)) / max(wanted, 1),

@@ -17,7 +17,6 @@ from hoanalysis.partitions import Partition
 from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
-FEW_GROUPS = 4
 PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
 
 
@@ -121,6 +120,15 @@ class Tangents(Engine):
             t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
         return min(rows, fits)
 
+    def predicted_gradients(self) -> float:
+        """The predicted cost of the first batch, in gradients."""
+        t = self.task
+        batch = t.problem.cast(t.problem.first_batch(), t.state.dtype)
+        if t.problem.splittable and count_rows(batch) > PROBE:
+            batch = t.problem.take_rows(batch, 0, PROBE)
+        _, program = self._program(batch)
+        return program.costs(t.partition, t.request).gradients
+
     def _program(self, batch: Batch) -> tuple[Hashable, Program]:
         t = self.task
         key = capture_key(t.problem, t.state, batch)
@@ -140,19 +148,25 @@ class Tangents(Engine):
 
 
 def choose(task: Task, engine: str, check_all: bool = True) -> Engine:
-    """The engine that was asked for; ``auto`` is the one of lower predicted cost that can do it.
+    """The engine that was asked for; ``auto`` is the one of lower predicted cost, and both costs are noted.
 
-    That is ``tangents``, but for orders above 3, and for the third order of fewer than `FEW_GROUPS` groups, where the
-    paper's recursion has less to do. Why is in the task's notes.
+    Raises
+    ------
+    TangentsUnsupported
+        Where the model cannot be captured, or ``tangents`` does not do this order: see `fall_back`.
     """
     if engine not in ENGINES:
         raise ArgumentError(f"there is no engine {engine!r}", do="use 'auto', 'tangents' or 'nested'")
     if engine == "nested":
         return Nested(task)
-    if engine == "auto" and task.request.order >= 3 and len(task.partition) < FEW_GROUPS:
-        task.notes.append(f"nested is cheaper for order {task.request.order} of {len(task.partition)} groups")
-        return Nested(task)
-    return Tangents(task, check_all)
+    tangents = Tangents(task, check_all)
+    if engine == "auto":
+        ours = tangents.predicted_gradients()
+        theirs = nested.predicted_gradients(len(task.partition), task.request)
+        if theirs < ours:
+            task.notes.append(f"nested is cheaper: {theirs:.3g} gradients predicted, {ours:.3g} for tangents")
+            return Nested(task)
+    return tangents
 
 
 def fall_back(task: Task, engine: str, reason: TangentsUnsupported) -> Engine:

@@ -13,6 +13,7 @@ from torch import nn
 
 import hoanalysis as ho
 from hoanalysis.derivatives import engines
+from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.tangents import Program
 from hoanalysis.errors import ModelError
 from hoanalysis.models import VGG11Prime
@@ -195,13 +196,33 @@ def test_a_batch_coupled_loss_is_taken_whole() -> None:
     np.testing.assert_allclose(tight.D3, nested.D3, rtol=1e-9, atol=1e-12)
 
 
-def test_few_groups_and_high_orders_take_the_nested_engine_and_say_why() -> None:
+def test_the_cheaper_engine_by_prediction_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     problem = ho.Problem(model, [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))], F.cross_entropy)
-    few = ho.summarize(problem, 3, partition="layer", direction="weights", **QUIET)
-    assert few.engine.item() == "nested"
-    assert "cheaper" in few.engine_detail.item()
+    assert ho.summarize(problem, 3, direction="weights", **QUIET).engine.item() == "tangents"
+    monkeypatch.setattr(engines.nested, "predicted_gradients", lambda groups, request: 0.5)
+    cheap = ho.summarize(problem, 3, direction="weights", **QUIET)
+    assert cheap.engine.item() == "nested"
+    assert "nested is cheaper: 0.5 gradients" in cheap.engine_detail.item()
+
+
+def test_predicted_passes_of_nested_are_those_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    problem = ho.Problem(model, [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))], F.cross_entropy)
+    state, count, row = problem.state(), [0], engines.nested.gradient_row
+
+    def counted(*args):
+        count[0] += 1
+        return row(*args)
+
+    monkeypatch.setattr(engines.nested, "gradient_row", counted)
+    partition, u = ho.Partition.canonical(model), oracles.random_like(state.parameters, 1)
+    for request in (Request(1), Request(2), Request(3), Request(2, 3), Request(1, 4), Request(4)):
+        count[0] = 0
+        engines.nested.derivatives(problem, state, u, partition, problem.first_batch(), request)
+        assert engines.nested.predicted_gradients(4, request) == 2 * count[0]
 
 
 def resident() -> int:
