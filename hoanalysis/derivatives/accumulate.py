@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hoanalysis import schema
+from hoanalysis.derivatives import heap
 from hoanalysis.derivatives.common import BatchDerivatives
 from hoanalysis.derivatives.engines import Engine, check_finite
 from hoanalysis.errors import DataError
@@ -34,8 +35,19 @@ def accumulate(
     DataError
         Where an input is not finite.
     """
+    with heap.reused():
+        return _accumulate(engine, max_batches, tolerance, Accumulator(keep_batches), progress)
+
+
+def _accumulate(
+    engine: Engine,
+    max_batches: int | None,
+    tolerance: float | None,
+    sums: Accumulator,
+    progress: Callable[[Iterator[Any]], Iterator[Any]],
+) -> Accumulator:
     task = engine.task
-    problem, sums = task.problem, Accumulator(keep_batches)
+    problem = task.problem
     for index, raw in enumerate(progress(problem.batches(max_batches))):
         batch = problem.cast(raw, task.state.dtype)
         weight = problem.size(raw)
