@@ -1,8 +1,8 @@
 """The graph of one batch's loss: nodes with their rules, and what follows from structure alone.
 
-A node is *live* where its value depends differentiably on a parameter, and *curved* where the second derivative of its
-own map, between its live inputs, is not identically zero. An adjoint is needed only where something curved lies at or
-above the node: D1 comes out of the forward tangents, and no weight gradient is ever formed.
+A node is *live* where its value depends differentiably on a parameter and the output on its value; it is *curved* where
+the second derivative of its own map, between its live inputs, is not identically zero. An adjoint is needed only where
+something curved lies at or above the node: D1 comes out of the forward tangents, and no weight gradient is ever formed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Graph:
 
     def finish(self) -> None:
         """Mark what is needed, curved and in need of an adjoint, and when each value is used last."""
-        needed = self._reachable()
+        needed, felt = self._reachable(), self._felt()
         self.last_use = list(range(len(self.nodes)))
         self.last_live_use = list(range(len(self.nodes)))
         for n in self.nodes:
@@ -79,6 +79,8 @@ class Graph:
                 continue
             for i in n.inputs.values():
                 self.last_use[i] = n.index
+            if n.op is not None and n.index not in felt:
+                n.live = False  # evaluated all the same: its value enters through a detach, a comparison or an index
             if n.op is None or not n.live:
                 continue
             n.sources = {k: i for k, i in n.inputs.items() if self.nodes[i].live}
@@ -100,6 +102,17 @@ class Graph:
         while todo:
             i = todo.pop()
             if i not in found:
+                found.add(i)
+                todo += list(self.nodes[i].inputs.values())
+        return found
+
+    def _felt(self) -> set[int]:
+        """Nodes on which the output depends differentiably: by a path on which every node is live."""
+        found: set[int] = set()
+        todo = [self.output]
+        while todo:
+            i = todo.pop()
+            if i not in found and self.nodes[i].live:
                 found.add(i)
                 todo += list(self.nodes[i].inputs.values())
         return found
