@@ -1,4 +1,4 @@
-"""Models with branches that the loss does not feel: detached, under no_grad, compared, rounded, used as indices, unused."""
+"""Branches that the loss does not feel: detached, under no_grad, compared, rounded, used as indices, unused."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ class Cut(nn.Module):
         y = torch.tanh(self.felt(x))
         if self.kind == "no_grad":
             with torch.no_grad():
-                return y * torch.tanh(self.cut(x))
+                factor = torch.tanh(self.cut(x))
+            return y * factor
         z = self.cut(x) * self.scale
         if self.kind == "detached":
             return y * torch.sigmoid(z).detach()
