@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REPORT := reports/lenet5-mnist
+JOBS ?= auto
 
 .PHONY: report test lab lint figures clean
 
@@ -10,7 +11,7 @@ report: .venv
 	$(BIN)/hoanalysis report data/lenet5-mnist/study.toml --out $(REPORT)
 
 test: .venv lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -115,6 +115,7 @@ def test_S2_killed_at_every_system_call(server: Server, quiet: dict[str, bytes],
     acks = str(folder.parent.parent / "acks")
     for n in range(1, MORE_THAN_ENOUGH):
         pid = server.start(Job(str(folder), acks=acks, stop=True))
+        _wait_until_stopped(pid)  # a SIGCONT that comes before its SIGSTOP would be lost, and the child wait for ever
         calls = f"/^{op}(at2?)?$"
         fault = f"inject={calls}:signal=SIGKILL:when={n}"
         tracer = subprocess.Popen(
@@ -132,6 +133,11 @@ def test_S2_killed_at_every_system_call(server: Server, quiet: dict[str, bytes],
             break
         assert end.status == -signal.SIGKILL
     assert n > POINTS[op]
+
+
+def _wait_until_stopped(pid: int) -> None:
+    while "State:\tT" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.001)
 
 
 def _attached(pid: int, tracer: subprocess.Popen[bytes]) -> bool:
