@@ -247,11 +247,7 @@ def _row(
         "n_samples": n_samples,
         "units_read": len(shards),
     }
-    return row | {k: ((), _scalar(v)) for k, v in scalars.items()}
-
-
-def _scalar(value: Any) -> Array:
-    return np.array(value, dtype=object) if isinstance(value, str) else np.asarray(value)
+    return row | {k: ((), np.asarray(v)) for k, v in scalars.items()}
 
 
 def _stacked(rows: Sequence[Row]) -> Row:
@@ -269,19 +265,18 @@ def _stacked(rows: Sequence[Row]) -> Row:
 
 
 def _group_coords(groups: Mapping[str, Sequence[Any]], dims: set[str]) -> Row:
-    labels = np.array(list(groups["label"]), dtype=object)
+    labels = np.array(list(groups["label"]), dtype=np.str_)  # not objects, which xarray takes a millisecond to look at
     coords: Row = {dim: ((dim,), labels) for dim in sorted(dims | {schema.GROUP})}
     for name in schema.GROUP_COORDS:
-        dtype = np.int64 if name == "numel" else object
+        dtype = np.int64 if name == "numel" else np.str_
         coords[name] = ((schema.GROUP,), np.array(list(groups[name]), dtype=dtype))
     return coords
 
 
-def _described(row: Row) -> dict[str, xr.Variable]:
+def _described(row: Row) -> dict[str, tuple[tuple[Any, ...], Array, dict[str, str]]]:
     """With ``long_name`` and ``units``. Derivatives with respect to eta have the unit of the loss."""
     return {
-        k: xr.Variable(dims, values, {"long_name": _described_name(k), "units": _unit(k)})
-        for k, (dims, values) in row.items()
+        k: (dims, values, {"long_name": _described_name(k), "units": _unit(k)}) for k, (dims, values) in row.items()
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hoanalysis.derivatives import nested
 from hoanalysis.derivatives.common import BatchDerivatives, Request
 from hoanalysis.derivatives.tangents import Program, TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.tangents.costs import Cost
 from hoanalysis.errors import ArgumentError, ModelError, NumericsError
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Batch, Problem, State, count_rows
@@ -113,8 +114,7 @@ class Tangents(Engine):
         t, rows = self.task, count_rows(batch)
         if rows <= PROBE or not t.problem.splittable:
             return rows
-        _, probe = self._program(t.problem.take_rows(batch, 0, PROBE))
-        each = probe.peak_bytes_per_sample(t.partition, t.request)
+        each = self._cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
         fits = max(1, int(t.memory / each)) if each else rows
         if fits < rows:
             t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
@@ -126,8 +126,17 @@ class Tangents(Engine):
         batch = t.problem.cast(t.problem.first_batch(), t.state.dtype)
         if t.problem.splittable and count_rows(batch) > PROBE:
             batch = t.problem.take_rows(batch, 0, PROBE)
-        _, program = self._program(batch)
-        return program.costs(t.partition, t.request).gradients
+        return self._cost(batch).gradients
+
+    def _cost(self, batch: Batch) -> Cost:
+        """The prediction for a batch of these shapes, made once for each partition and request."""
+        t = self.task
+        key, program = self._program(batch)
+        costs = t.problem.cache.setdefault("costs", {})
+        once = (key, t.partition.fingerprint(), t.request)
+        if once not in costs:
+            costs[once] = program.costs(t.partition, t.request)
+        return costs[once]
 
     def _program(self, batch: Batch) -> tuple[Hashable, Program]:
         t = self.task
