@@ -12,6 +12,7 @@ which covers whole tensors, merged tensors, slices along an axis and single entr
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import re
@@ -331,6 +332,10 @@ class Partition:
 
     def fingerprint(self) -> str:
         """SHA-256 over labels, parameter names, shapes and assignment."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         h = hashlib.sha256(json.dumps(self.labels).encode())
         for name, info in self.parameters.items():
             a = self.assignment[name]
