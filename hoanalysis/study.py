@@ -113,9 +113,16 @@ class StudySpec(_Table):
         if "path" in table:
             raise StudyError("unknown key 'path'", where=str(path), do=nearest("path", _keys(cls)))
         try:
-            return cls(**table, path=path.resolve())
+            spec = cls(**table, path=path.resolve())
         except ValidationError as e:
             raise StudyError(_sentence(e), where=str(path)) from None
+        if empty := [t for t in ("model", "data", "loss") if not getattr(spec, t).factory]:
+            raise StudyError(
+                f"the factory of {listed(f'[{t}]' for t in empty)} is not filled in",
+                where=str(path),
+                do='write factory = "package.module:name"; a module beside the study file can be named',
+            )
+        return spec
 
     @property
     def folder(self) -> Path:
