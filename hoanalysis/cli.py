@@ -1,4 +1,4 @@
-"""The command line: ``hoanalysis report``, ``summarize``, ``show``."""
+"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ def _main(
     pass
 
 
+@app.command("init")
+@_command
+def init(
+    path: Annotated[Path, typer.Argument(help="a folder of checkpoints, or one checkpoint")],
+    to: Annotated[Path | None, typer.Option(help="another study file than study.toml beside them")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the study file")] = False,
+) -> None:
+    """Write a commented study.toml for a folder of checkpoints, to be filled in."""
+    from hoanalysis.new_study import write_study
+
+    written = write_study(path, to, force=force)
+    typer.echo(f"wrote {written.path}: {written.found}")
+    typer.echo(f"to fill in: {', '.join(written.missing)}")
+    typer.echo(f"then: hoanalysis report {written.path} --out reports/{written.name}")
+
+
 @app.command("report")
 @_command
 def report(
@@ -65,12 +81,17 @@ def report(
     parameter: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value for the notebook; repeatable")
     ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds that one cell of the notebook may take")] = 600,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")] = False,
 ) -> None:
-    """Compute what is missing and render the reports of one or more studies."""
+    """Compute what is missing and render the reports of one or more studies.
+
+    Exit code 0: all reports are there. 1: something failed, and what it was. 130: Ctrl-C. A second call goes on.
+    """
     from hoanalysis.reports import report as render
 
-    index = render(studies, out, notebook, dict(map(_parameter, parameter or [])), progress=not quiet, say=typer.echo)
+    given = _parameters(parameter or [])
+    index = render(studies, out, notebook, given, timeout=timeout, progress=not quiet, say=typer.echo)
     typer.echo(f"report: {index}")
 
 
@@ -86,8 +107,11 @@ def summarize(
     from hoanalysis.study import StudySpec
 
     spec = StudySpec.read(study)
-    for path in compute(spec, Outcome(spec.name, out), progress=not quiet, say=typer.echo):
+    outcome = Outcome(spec.name, out)
+    for path in compute(spec, outcome, progress=not quiet, say=typer.echo):
         typer.echo(f"summaries: {path}")
+    if outcome.error is not None:
+        raise outcome.error
 
 
 @app.command("show")
@@ -103,17 +127,33 @@ def show(path: Annotated[Path, typer.Argument(help="a netCDF file or a store")])
         typer.echo(f"- {line}")
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    """``name=value``; the value is read as TOML where it is one (numbers, true, lists), else as text."""
+def _parameters(texts: list[str]) -> dict[str, Any]:
+    """``name=value`` each."""
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ReportError(f"a parameter is given as name=value, not {text!r}")
+        if name in given:
+            raise ReportError(f"the parameter {name!r} is given twice")
+        given[name] = _value(value)
+    return given
+
+
+def _value(text: str) -> Any:
+    """Read as TOML where all of it is one number, boolean, quoted text, list or table, else the text itself.
+
+    >>> [_value(v) for v in ("0.5", "true", "[1, 2]", "fc1.weight", "1, 2", "5 # five", "2024-05-01")]
+    [0.5, True, [1, 2], 'fc1.weight', '1, 2', '5 # five', '2024-05-01']
+    """
     import tomllib
 
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ReportError(f"a parameter is given as name=value, not {text!r}")
     try:
-        return name, tomllib.loads(f"x = {value}")["x"]
+        table = tomllib.loads(f"value = [{text}]")  # in brackets, so that a comment cannot hide what follows
     except tomllib.TOMLDecodeError:
-        return name, value
+        return text
+    plain = set(table) == {"value"} and len(table["value"]) == 1
+    return table["value"][0] if plain and isinstance(table["value"][0], (bool, int, float, str, list, dict)) else text
 
 
 if __name__ == "__main__":

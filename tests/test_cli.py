@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hoanalysis import __version__
 from hoanalysis.cli import app
-from tests.test_reports import notebook
+from tests.reports.notebooks import notebook
 
 
 def call(*arguments: object):
@@ -22,7 +22,7 @@ def test_help_and_version() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "hoanalysis.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("report", "summarize", "show"):
+    for command in ("init", "report", "summarize", "show"):
         assert command in result.stdout
     assert call("--version").output.strip() == __version__
 
@@ -102,3 +102,37 @@ def test_show_of_something_else(tmp_path: Path, kind: str) -> None:
     assert result.exit_code == 1
     assert "thing" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("41.5", 41.5), ("3", 3), ("true", True), ("[1, 'a']", [1, "a"]), ("{k = 1}", {"k": 1}), ("'3'", "3"),
+        ("fc1.weight", "fc1.weight"), ("", ""), ("1, 2", "1, 2"), ("5 # five", "5 # five"), ("a=b", "a=b"),
+        ("2024-05-01", "2024-05-01"), ("07:30:00", "07:30:00"), ("1]\ny = [2", "1]\ny = [2"), ("nan", float("nan")),
+        ("None", "None"),
+    ],
+)  # fmt: skip
+def test_values_of_parameters(text: str, value) -> None:
+    from hoanalysis.cli import _parameters
+
+    made = _parameters([f"x={text}"])["x"]
+    assert repr(made) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (["x"], "given as name=value, not 'x'"),
+        (["x=1", "x=2"], "'x' is given twice"),
+        (["y=1"], "has no parameter 'y'"),
+        (["x y=1"], "cannot be called 'x y'"),
+    ],
+)
+def test_parameters_that_cannot_be_given(study: Path, tmp_path: Path, parameters: list[str], words: str) -> None:
+    plain = notebook(tmp_path / "n.ipynb", "print(x)")
+    options = [o for p in parameters for o in ("-p", p)]
+    result = call("report", study, "--out", tmp_path / "out", "--notebook", plain, *options)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
