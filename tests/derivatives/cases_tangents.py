@@ -53,6 +53,8 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     scores = torch.einsum("...qd,...kd->...qk", q, k) / math.sqrt(q.shape[-1])
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
     e = (scores - scores.detach().amax(-1, keepdim=True)).exp()
     return torch.einsum("...qk,...kd->...qd", e / e.sum(-1, keepdim=True), v)
 
@@ -148,6 +150,22 @@ class ViT(nn.Module):
         return self.head((x + self.mlp(self.norm2(x)))[:, 0])
 
 
+class CrossAttention(nn.Module):
+    """Queries from one half of the input, keys and values from the other, each through layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 8, bias=False))
+        self.key, self.value = nn.Linear(4, 8), nn.Linear(4, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x[:, 0]), self.key(x[:, 1, :5]), self.value(x[:, 1, :5])
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(2)
+        return self.head(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2).mean(1))
+
+
 class Autoencoder(nn.Module):
     """Convolutions down, transposed convolutions up."""
 
@@ -228,6 +246,9 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
     "resnet train": lambda: Case(resnet().train(), _images(3, 3, 8, 5), F.cross_entropy),
     "vit": lambda: Case(ViT(), _images(3, 3, 8, 5), F.cross_entropy),
     "gpt tied": _gpt,
+    "cross attention": lambda: Case(
+        CrossAttention(), (torch.randn(3, 2, 7, 4), torch.randint(0, 5, (3,))), F.cross_entropy
+    ),
     "autoencoder": _autoencoder,
     "tied": lambda: Case(Tied(), (torch.randn(4, 5), torch.randn(4, 5)), F.mse_loss),
     "group norm": lambda: Case(

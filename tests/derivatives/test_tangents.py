@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hoanalysis.derivatives.common import Request
-from hoanalysis.derivatives.tangents import capture
+from hoanalysis.derivatives.tangents import attention, capture
 from hoanalysis.partitions import Partition
 from tests.derivatives.cases_tangents import ARCHITECTURES, LOSSES, Case, loss_case, nested
 
@@ -47,6 +47,27 @@ def compare(case: Case, partition: Partition | None = None) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name):
     compare(ARCHITECTURES[name]())
+
+
+@pytest.mark.parametrize("tile", [2**20, 800])
+@pytest.mark.parametrize("kind", ["canonical", "layer", "split"])
+@pytest.mark.parametrize("name", ["vit", "gpt tied", "cross attention"])
+def test_attention_tile_by_tile(name, kind, tile, monkeypatch):
+    """Taken together whatever its size, in one tile a head and in several, with groups in any order."""
+    calls, stream = [], attention.stream
+
+    def recorded(*args):
+        calls.append(1)
+        return stream(*args)
+
+    monkeypatch.setattr(attention, "WORTH", 0)
+    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "stream", recorded)
+    case = ARCHITECTURES[name]()
+    patterns = {n: (0, 3) for n, p in case.model.named_parameters() if p.shape[0] % 3 == 0}
+    build = {"layer": Partition.by_layer, "split": lambda m: Partition.split(m, patterns)}
+    compare(case, build[kind](case.model) if kind in build else None)
+    assert calls
 
 
 @pytest.mark.parametrize("name", LOSSES)
