@@ -52,7 +52,7 @@ def _child(call: Call, output: int) -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         if call.operations:
-            _files_alone()
+            files_alone()
             _kill_at(call.operations, call.n)
         from hoanalysis.cli import app
 
@@ -66,7 +66,8 @@ def _child(call: Call, output: int) -> None:
     os._exit(status)
 
 
-def _files_alone() -> None:
+def files_alone() -> None:
+    """Of a report, what is left without computing and without a kernel: the files that it writes."""
     from hoanalysis.reports import run
     from hoanalysis.store import export, open_dataset
 
