@@ -50,6 +50,16 @@ def take(data: Tensor, have: Groups, want: Groups) -> Tensor:
     return data if have == want else data[rows(want, have)]
 
 
+BLOCK = 2**18  # bytes; a few temporaries of this size stay in a second-level cache of 1 MiB
+
+
+def blocks(stack: Tensor) -> list[slice]:
+    """A stack's tangents in blocks: chains of elementwise operations on one of them stay in the cache."""
+    each = max(1, stack[0].numel() * stack.element_size()) if len(stack) else 1
+    step = max(1, BLOCK // each)
+    return [slice(i, i + step) for i in range(0, max(1, len(stack)), step)]
+
+
 @functools.lru_cache(maxsize=4096)
 def _index(groups: Groups) -> Tensor:
     return torch.tensor(groups, dtype=torch.long)

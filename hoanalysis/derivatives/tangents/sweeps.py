@@ -78,6 +78,21 @@ def push_node(n: Node, local: Local, tangents: Stacks) -> Stack:
     return _sum([(t.groups, t.data, (local, key)) for key, t in tangents.items()], n.shape)
 
 
+def bend_node(n: Node, local: Local, tangents: Stacks, bents: Stacks) -> Stack | None:
+    """The second tangents of a node: those of its inputs pushed through, and its own curvature."""
+    own = local.bend(tangents) if n.curved else None
+    if own is None and len(bents) < 2:
+        return push_node(n, local, bents) if bents else None
+    if own is not None and not bents:
+        return own
+    parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]] = []
+    if own is not None:
+        parts.append((own.groups, own.data, None))
+    parts += [(b.groups, b.data, (local, key)) for key, b in bents.items()]
+    assert n.shape is not None
+    return _sum(parts, n.shape)
+
+
 def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], shape: tuple[int, ...]) -> Stack:
     """The sum of stacks, each pushed through a rule where one is given, straight into its rows of the result."""
     groups: Groups = ()
@@ -134,12 +149,8 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
             bents = {key: bent[i] for key, i in n.sources.items() if i in bent}
             if n.curved:
                 rule.diagonal(sums, lam[n.index], tangents, bents)
-            parts = [Stack(b.groups, rule.push(key, b.data)) for key, b in bents.items()] if n.feeds_curved else []
-            if n.curved and n.feeds_curved and (own := rule.bend(tangents)) is not None:
-                parts.append(own)
-            if parts:
-                assert n.shape is not None
-                bent[n.index] = assemble(parts, n.shape)
+            if n.feeds_curved and (second := bend_node(n, rule, tangents, bents)) is not None:
+                bent[n.index] = second
         T[n.index] = push_node(n, rule, tangents)
         rule.release()
         del tangents

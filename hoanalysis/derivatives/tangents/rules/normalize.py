@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, take
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 
 
@@ -53,54 +53,57 @@ class Normalize(Local):
     def _centred(self, rows: Tensor) -> Tensor:
         return rows - rows.mean(-1, keepdim=True) if self.center else rows
 
-    _kept: tuple[Tensor, Tensor] | None = None
+    _kept: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
-    def _tilde(self, x: Stack) -> Tensor:
-        """a~ as (k, M, n), kept until `release`: the second-order term and the push both need it."""
-        if self._kept is None or self._kept[0] is not x.data:
-            self._kept = (x.data, self._centred(self._rows(x.data)))
-        return self._kept[1]
+    def _tilde(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """a~ as (k, M, n) and alpha as (k, M), kept until `release`: push, contraction and diagonal need them."""
+        for stack, T, alpha in self._kept:
+            if stack is x:
+                return T, alpha
+        T = self._centred(self._rows(x))
+        alpha = self._dot(T, self.c / self.n)
+        self._kept += ((x, T, alpha),)
+        return T, alpha
 
     def release(self) -> None:
-        self._kept = None
+        self._kept = ()
 
     def _rows(self, stack: Tensor) -> Tensor:
         """A stack as (k, M, n)."""
         return stack.reshape(len(stack), -1, self.n)
 
     def _dot(self, stack: Tensor, rows: Tensor) -> Tensor:
-        """Inner products of each row: (k, M, n) with (M, n) -> (k, M)."""
-        return torch.matmul(stack.transpose(0, 1), rows[:, :, None]).squeeze(-1).T
+        """Inner products of each row: (k, M, n) with (M, n), or another stack, -> (k, M)."""
+        return torch.cat([(stack[i] * (rows[i] if rows.dim() == 3 else rows)).sum(-1) for i in blocks(stack)])
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
-        kept = self._kept is not None and self._kept[0] is stack
-        T = self._kept[1] if kept and self._kept is not None else self._centred(self._rows(stack))
-        along = (T * self.y).mean(-1, keepdim=True)
-        return (T - along * self.y).mul_(self.r).view(len(stack), *self.shape)
+        T, alpha = self._tilde(stack)
+        along = (self.r[:, 0] * alpha)[..., None]  # <y, a~> / n
+        return torch.addcmul(T, along, self.y, value=-1).mul_(self.r).view(len(stack), *self.shape)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         Y = self._rows(stack)
         along = (Y * self.y).mean(-1, keepdim=True)
         return self._centred((Y - along * self.y).mul_(self.r)).view(len(stack), *self.shape)
 
-    def _scalars(self, lam: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, beta = <lam, a~> of shape (k, M); gamma = <lam, c> and r of shape (M,)."""
+    def _scalars(self, lam: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """beta = <lam, a~> of shape (k, M); gamma = <lam, c> and r of shape (M,)."""
         lam = lam.reshape(-1, self.n)
-        return self._dot(T, self.c / self.n), self._dot(T, lam), (lam * self.c).sum(-1), self.r[:, 0]
+        return self._dot(T, lam), (lam * self.c).sum(-1), self.r[:, 0]
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._tilde(x)
-        alpha, beta, gamma, r = self._scalars(lam, T)
+        T, alpha = self._tilde(x.data)
+        beta, gamma, r = self._scalars(lam, T)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
         weighted = (T * (-gamma * r**3 / self.n)[:, None]).flatten(1)
         sums.add2(x.groups, x.groups, weighted @ T.flatten(1).T + cross + cross.T)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._tilde(x)
+        T, alpha = self._tilde(x.data)
         k = len(T)
-        alpha, beta, gamma, r = self._scalars(lam, T)
+        beta, gamma, r = self._scalars(lam, T)
         by_row = T.transpose(0, 1)  # (M, k, n)
         gram = (by_row @ by_row.mT / self.n).permute(1, 2, 0).reshape(k * k, -1)  # (k k, M)
         # the three placements of  A_st Q_r + alpha_s alpha_t P_r, summed over rows
@@ -119,8 +122,8 @@ class Normalize(Local):
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
-        T = self._tilde(x)
-        alpha, beta, gamma, r = self._scalars(lam, T)
+        T, alpha = self._tilde(x.data)
+        beta, gamma, r = self._scalars(lam, T)
         on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
         out = on_c[..., None] * self.c
         out += (-(r**3) * alpha)[..., None] * lam.reshape(-1, self.n)
@@ -129,24 +132,24 @@ class Normalize(Local):
 
     def bend(self, tangents: Stacks) -> Stack:
         ((_, x),) = tangents.items()
-        T = self._tilde(x)
-        alpha, r = self._dot(T, self.c / self.n), self.r[:, 0]
-        twice = 3 * r**5 * alpha**2 - r**3 * T.square().mean(-1)
+        T, alpha = self._tilde(x.data)
+        r = self.r[:, 0]
+        twice = 3 * r**5 * alpha**2 - r**3 * self._dot(T, T) / self.n
         out = (-2 * r**3 * alpha)[..., None] * T + twice[..., None] * self.c
         return Stack(x.groups, out.view(len(T), *self.shape))
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = self._tilde(x)
-        alpha, beta, gamma, r = self._scalars(lam, T)
-        A = T.square().mean(-1)
+        T, alpha = self._tilde(x.data)
+        beta, gamma, r = self._scalars(lam, T)
+        A = self._dot(T, T) / self.n
         twice = 3 * r**5 * alpha**2 - r**3 * A
         thrice = -15 * r**7 * alpha**3 + 9 * r**5 * A * alpha
         sums.add_diagonal(x.groups, (3 * beta * twice + gamma * thrice).sum(1))
         for x2 in bent.values():
-            T2 = self._centred(self._rows(x2.data))
+            T2, alpha2 = self._tilde(x2.data)
             T1, alpha1, beta1 = (take(v, x.groups, x2.groups) for v in (T, alpha, beta))
-            alpha2, beta2, _, _ = self._scalars(lam, T2)
-            mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * (T1 * T2).mean(-1)
+            beta2, _, _ = self._scalars(lam, T2)
+            mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * self._dot(T1, T2) / self.n
             total = -(r**3) * (beta2 * alpha1 + beta1 * alpha2) + gamma * mixed
             sums.add_diagonal(x2.groups, 3 * total.sum(1))
