@@ -122,6 +122,21 @@ class Sums:
         self.diagonal[_index(groups)] += values.double()
 
 
+def weighted_gram(T: Tensor, w: Tensor) -> Tensor:
+    """G[s, t] = sum_i w_i T_si T_ti, of shape (k, k), for a stack T (k, N).
+
+    In blocks of columns, so that the weighted stack stays in the cache.
+    """
+    k, n = T.shape
+    G = T.new_zeros(k, k)
+    block = max(1024, 4 * BLOCK // T.element_size() // max(1, k) // 64 * 64)
+    buffer = T.new_empty(k * min(n, block))
+    for start in range(0, n, block):
+        t = T[:, start : start + block]
+        G.addmm_(torch.mul(t, w[start : start + block], out=buffer[: t.numel()].view(t.shape)), t.T)
+    return G
+
+
 def triple_products(sums: Sums, pair: Groups, T: Tensor, other: Groups, R: Tensor) -> None:
     """D3 += the three placements of G[s, t, r] = <T_s * T_t, R_r>, for stacks T (k, N) and R (K, N).
 

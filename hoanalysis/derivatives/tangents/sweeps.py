@@ -87,10 +87,24 @@ def bend_node(n: Node, local: Local, tangents: Stacks, bents: Stacks) -> Stack |
         return own
     parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]] = []
     if own is not None:
+        have = set(own.groups)
+        if own.data.is_contiguous() and all(have.issuperset(b.groups) for b in bents.values()):
+            for key, b in bents.items():
+                _onto(own, b, local, key)
+            return own
         parts.append((own.groups, own.data, None))
     parts += [(b.groups, b.data, (local, key)) for key, b in bents.items()]
     assert n.shape is not None
     return _sum(parts, n.shape)
+
+
+def _onto(total: Stack, part: Stack, local: Local, key: Key) -> None:
+    """total += push(part), in place; the groups of ``part`` are among those of ``total``."""
+    where = rows(part.groups, total.groups)
+    if isinstance(where, slice):
+        local.push_onto(key, part.data, total.data[where])
+    else:
+        total.data.index_add_(0, where, local.push(key, part.data).contiguous())
 
 
 def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], shape: tuple[int, ...]) -> Stack:

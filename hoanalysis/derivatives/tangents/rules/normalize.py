@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, take
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, take, weighted_gram
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 
 
@@ -96,8 +96,8 @@ class Normalize(Local):
         T, alpha = self._tilde(x.data)
         beta, gamma, r = self._scalars(lam, T)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
-        weighted = (T * (-gamma * r**3 / self.n)[:, None]).flatten(1)
-        sums.add2(x.groups, x.groups, weighted @ T.flatten(1).T + cross + cross.T)
+        weight = (-gamma * r**3 / self.n)[:, None].expand_as(self.c).reshape(-1)
+        sums.add2(x.groups, x.groups, weighted_gram(T.flatten(1), weight) + cross + cross.T)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()

@@ -203,6 +203,12 @@ class Multiply(Product):
         else:
             out.copy_(self.push_bias(stack))
 
+    def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        if key == 0 or key == 1:
+            out.addcmul_(lift(stack, self.value.dim()), self.b if key == 0 else self.a)
+        else:
+            out += self.push_bias(stack)
+
     def pull_a(self, y: Tensor, b: Tensor, stacked_y: bool, stacked_b: bool) -> Tensor:
         out = self._times(y, b, stacked_y, stacked_b)
         return sum_to(out, self.a.shape).to(self.a.dtype) if stacked_y or stacked_b else out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take, triple_products
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, take, triple_products, weighted_gram
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 
 aten = torch.ops.aten
@@ -58,10 +58,15 @@ class Scalar(Local):
 
     pull = push
 
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        torch.mul(stack, self.d[0], out=out)
+
+    def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        out.addcmul_(stack, self.d[0])
+
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T = x.data.flatten(1)
-        sums.add2(x.groups, x.groups, (T * (lam * self.d[1]).flatten()) @ T.T)
+        sums.add2(x.groups, x.groups, weighted_gram(x.data.flatten(1), (lam * self.d[1]).flatten()))
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         # sigma''' enters with 1/3 because the triple product places it three times
@@ -81,15 +86,21 @@ class Scalar(Local):
 
     def bend(self, tangents: Stacks) -> Stack:
         ((_, x),) = tangents.items()
-        return Stack(x.groups, x.data * x.data * self.d[1])
+        out = torch.empty_like(x.data)
+        for i in blocks(out):
+            torch.mul(x.data[i], x.data[i], out=out[i]).mul_(self.d[1])
+        return Stack(x.groups, out)
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
+        third, second = (lam * self.d[2]).flatten(), (lam * self.d[1]).flatten()
         T = x.data.flatten(1)
-        sums.add_diagonal(x.groups, (T * T * T) @ (lam * self.d[2]).flatten())
+        parts = [(T[i] * T[i]).mul_(T[i]) @ third for i in blocks(T)]
+        sums.add_diagonal(x.groups, torch.cat(parts))
         for x2 in bent.values():
-            t = take(x.data, x.groups, x2.groups).flatten(1)
-            sums.add_diagonal(x2.groups, 3 * ((t * x2.data.flatten(1)) @ (lam * self.d[1]).flatten()))
+            t, t2 = take(x.data, x.groups, x2.groups).flatten(1), x2.data.flatten(1)
+            parts = [(t[i] * t2[i]) @ second for i in blocks(t)]
+            sums.add_diagonal(x2.groups, 3 * torch.cat(parts))
 
 
 rule(
