@@ -13,7 +13,7 @@ from IPython.display import HTML
 
 from hoanalysis import schema
 
-LONGEST_CELL = 300  # characters
+LONGEST_CELL, LONGEST_LINE = 300, 1000  # characters
 
 
 def readable(text: str, width: int | None = None) -> str:
@@ -32,7 +32,13 @@ def readable(text: str, width: int | None = None) -> str:
 
 def bullets(lines: Sequence[str]) -> HTML:
     """Sentences as a list."""
-    return HTML("<ul>" + "".join(f"<li>{html.escape(readable(line))}</li>" for line in lines) + "</ul>")
+    return HTML("<ul>" + "".join(f"<li>{_line(readable(line))}</li>" for line in lines) + "</ul>")
+
+
+def _line(text: str) -> str:
+    """A sentence whole, in a box of its own where names in it are endless."""
+    escaped = html.escape(text)
+    return escaped if len(text) <= LONGEST_LINE else f'<div class="long">{escaped}</div>'
 
 
 def table(frame: pd.DataFrame) -> HTML:

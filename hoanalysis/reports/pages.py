@@ -30,7 +30,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
 table { border-collapse: collapse; font-size: 14px; } td, th { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5;
 text-align: right; } th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
-li, td, th, h1, h2, pre { overflow-wrap: anywhere; } li { max-height: 12em; overflow-y: auto; }
+li, td, th, h1, h2, pre { overflow-wrap: anywhere; } .long { max-height: 12em; overflow-y: auto; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 1rem 1.2rem; margin: 1rem 0; }
 .card h2 { margin-top: 0; border: none; } .card pre { white-space: pre-wrap; background: none; padding: 0; }
 .banner { border: 1px solid #b8860b; background: #fdf6e0; border-radius: 6px; padding: .6rem 1rem; }

@@ -215,3 +215,25 @@ def test_R8_paths_are_never_templates(tmp_path: Path) -> None:
     mine = notebook(study.parent / "{dataset}.ipynb", "print('x is', x)")
     ho.report(study, tmp_path / "{x}" / "{out.__class__}", mine, {"x": "../../up"}, progress=False)
     assert "x is ../../up" in (tmp_path / "{x}" / "{out.__class__}" / "index.html").read_text()
+
+
+def test_an_error_of_our_own_ends_one_study_and_is_told_with_its_place(tmp_path: Path, monkeypatch) -> None:
+    from hoanalysis.reports import run
+
+    real = run.findings
+
+    def findings(ds, log):
+        if ds.sizes["step"] == 2:
+            raise IndexError("no such entry")
+        return real(ds, log)
+
+    monkeypatch.setattr(run, "findings", findings)
+    one, two = (write_study(tmp_path / n, f"factories_{n}_own", steps=s) for n, s in (("one", 1), ("two", 2)))
+    plain = notebook(tmp_path / "n.ipynb", "print(x)")
+    with pytest.raises(ReportError, match="1 of 2 reports failed: 'two'"):
+        ho.report([two, one], tmp_path / "out", plain, progress=False)
+    assert (tmp_path / "out" / "one" / "index.html").exists()
+    with pytest.raises(ReportError, match="IndexError: no such entry") as caught:
+        ho.report(two, tmp_path / "out2", plain, progress=False)
+    assert "in findings" in caught.value.where
+    assert isinstance(caught.value.__cause__, IndexError)
