@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.derivatives.tangents.graph import Graph, Node
-from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
+from hoanalysis.derivatives.tangents.groups import Groups, Sums, add_lower, mirrored, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack
 from hoanalysis.derivatives.tangents.rules.linear import Add
 from hoanalysis.derivatives.tangents.rules.product import MatrixProduct
@@ -214,7 +214,7 @@ class _Head:
         a.sub_(torch.mul(a, p, out=pa).sum(-1, keepdim=True))
         torch.mul(a, p, out=pa)
         torch.mul(a, self.w[i, j], out=wa)
-        self.gram.addmm_(wa.flatten(1), a.flatten(1).T)
+        add_lower(self.gram, wa.flatten(1), a.flatten(1))
         self.nu[:, j].baddbmm_(pa.mT, self._all(self.lo[i]))
         return torch.bmm(pa, self._all(self.v[j])).baddbmm_(self._all(p), self.V[:, j])
 
@@ -239,7 +239,7 @@ class _Head:
         return out
 
     def contract(self, groups: Groups, sums: Sums) -> None:
-        sums.add2(groups, groups, self.gram)
+        sums.add2(groups, groups, mirrored(self.gram))
         K, V = self.K.flatten(1), self.V.flatten(1)
         sums.add2(groups, groups, (self.mu.flatten(1) @ K.T).addmm_(self.nu.flatten(1), V.T), both=True)
         if self.diagonal is not None:

@@ -122,6 +122,23 @@ class Sums:
         self.diagonal[_index(groups)] += values.double()
 
 
+def add_lower(G: Tensor, left: Tensor, right: Tensor) -> None:
+    """G += left right^T for stacks (k, N) whose product is symmetric, on and below the diagonal; see `mirrored`.
+
+    In bands of rows, each up to the diagonal only: a quarter less time at k = 40, a third at 77. Narrow stacks give
+    matrix products too short for narrow bands to pay.
+    """
+    k, n = left.shape
+    band = 16 if n >= 4096 else 32
+    for i in range(0, k, band):
+        G[i : i + band, : i + band].addmm_(left[i : i + band], right[: i + band].T)
+
+
+def mirrored(G: Tensor) -> Tensor:
+    """The symmetric matrix of which G holds the lower triangle."""
+    return G.tril() + G.tril(-1).T
+
+
 def weighted_gram(T: Tensor, w: Tensor) -> Tensor:
     """G[s, t] = sum_i w_i T_si T_ti, of shape (k, k), for a stack T (k, N).
 
@@ -129,12 +146,12 @@ def weighted_gram(T: Tensor, w: Tensor) -> Tensor:
     """
     k, n = T.shape
     G = T.new_zeros(k, k)
-    block = max(1024, 4 * BLOCK // T.element_size() // max(1, k) // 64 * 64)
+    block = max(4096, 4 * BLOCK // T.element_size() // max(1, k) // 64 * 64)
     buffer = T.new_empty(k * min(n, block))
     for start in range(0, n, block):
         t = T[:, start : start + block]
-        G.addmm_(torch.mul(t, w[start : start + block], out=buffer[: t.numel()].view(t.shape)), t.T)
-    return G
+        add_lower(G, torch.mul(t, w[start : start + block], out=buffer[: t.numel()].view(t.shape)), t)
+    return mirrored(G)
 
 
 def triple_products(sums: Sums, pair: Groups, T: Tensor, other: Groups, R: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take, triple_products
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, take, triple_products, weighted_gram
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 
 aten = torch.ops.aten
@@ -61,7 +61,8 @@ class _Moments(Local):
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
         T = self._centred(x)
-        sums.add2(x.groups, x.groups, (T * self._weight(lam)).flatten(1) @ T.flatten(1).T)
+        w = self._weight(lam).expand_as(self.value).flatten()
+        sums.add2(x.groups, x.groups, weighted_gram(T.flatten(1), w))
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
