@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents.attention import Attention, find
 from hoanalysis.derivatives.tangents.graph import Graph, Node
 from hoanalysis.derivatives.tangents.groups import Groups, common, union
 from hoanalysis.derivatives.tangents.rules.product import Product
@@ -43,6 +44,11 @@ def active(graph: Graph, leaves: Mapping[int, Groups]) -> dict[int, Groups]:
             groups = union(groups, found[i])
         found[n.index] = groups
     return found
+
+
+def tiled_attentions(graph: Graph, groups: Mapping[int, Groups]) -> list[Attention]:
+    """The attentions that the streaming sweep takes tile by tile."""
+    return [a for a in find(graph) if a.pays(len(groups[a.output.index]))]
 
 
 def bent(graph: Graph, groups: Mapping[int, Groups]) -> dict[int, Groups]:
@@ -105,14 +111,28 @@ def _contraction(graph: Graph, n: Node, groups: Mapping[int, Groups], request: R
 
 
 def _stream_bytes(graph: Graph, groups: Mapping[int, Groups], second: Mapping[int, Groups]) -> float:
-    """Values, adjoints, the stacks still to be used, and temporaries as large as the node's own stacks."""
+    """Values, adjoints, the stacks still to be used, and temporaries as large as the node's own stacks.
+
+    An attention that is taken tile by tile has no stacks inside, and holds its inputs until its output is there.
+    """
     base = 3 * sum(_bytes(n) for n in graph.live_nodes())
     held: dict[int, float] = {}
     peak = 0.0
+    tiled = {n.index: a for a in tiled_attentions(graph, groups) for n in (*a.inner, a.output)}
     for n in graph.live_nodes():
+        if (a := tiled.get(n.index)) is not None:
+            if n is a.output:
+                mine = (len(groups[n.index]) + len(second.get(n.index, ()))) * _bytes(n)
+                peak = max(peak, sum(held.values()) + 2 * mine)
+                held[n.index] = mine
+                for i in a.sources:
+                    if tiled.get(graph.last_live_use[i]) is a:
+                        held.pop(i, None)
+            continue
         mine = (len(groups[n.index]) + len(second.get(n.index, ()))) * _bytes(n)
         inputs = [held.get(i, 0.0) for i in n.sources.values()]
-        temporary = 2 * max(inputs, default=0.0) if n.curved else 0.0
+        in_blocks = n.rule is not None and n.rule.kind == "scalar"
+        temporary = 2 * max(inputs, default=0.0) if n.curved and not in_blocks else 0.0
         peak = max(peak, sum(held.values()) + max(2 * mine, mine + temporary, temporary))
         held[n.index] = mine
         for i in n.sources.values():

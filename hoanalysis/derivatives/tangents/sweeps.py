@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.derivatives.tangents import attention
-from hoanalysis.derivatives.tangents.attention import Attention
-from hoanalysis.derivatives.tangents.costs import active
+from hoanalysis.derivatives.tangents.costs import active, tiled_attentions
 from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, substitute
 from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack, Stacks
@@ -141,7 +140,8 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
     """D1, D2 and, where ``sums`` asks for it, the third diagonal, holding only the stacks still to be used."""
     T: dict[int, Stack] = dict(leaves)
     bent: dict[int, Stack] = {}
-    together = _attentions(graph, leaves) if lam else {}
+    groups = active(graph, {i: leaf.groups for i, leaf in leaves.items()})
+    together = {a.output.index: a for a in tiled_attentions(graph, groups)} if lam else {}
     inner = {n.index for a in together.values() for n in a.inner}
     for n in graph.live_nodes():
         if n.index in inner:
@@ -173,12 +173,6 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
                 T.pop(i, None)
                 bent.pop(i, None)
     _first(graph, T, sums)
-
-
-def _attentions(graph: Graph, leaves: Mapping[int, Stack]) -> dict[int, Attention]:
-    """Those attentions of the graph that are worth taking tile by tile, by the index of their output."""
-    groups = active(graph, {i: stack.groups for i, stack in leaves.items()})
-    return {a.output.index: a for a in attention.find(graph) if a.pays(len(groups[a.output.index]))}
 
 
 def full(graph: Graph, local: Locals, loss: Tensor, leaves: Mapping[int, Stack], sums: Sums) -> None:

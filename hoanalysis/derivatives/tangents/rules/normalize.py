@@ -53,20 +53,29 @@ class Normalize(Local):
     def _centred(self, rows: Tensor) -> Tensor:
         return rows - rows.mean(-1, keepdim=True) if self.center else rows
 
-    _kept: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    _kept: tuple[tuple[Tensor, str, Tensor], ...] = ()
 
-    def _tilde(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """a~ as (k, M, n) and alpha as (k, M), kept until `release`: push, contraction and diagonal need them."""
-        for stack, T, alpha in self._kept:
-            if stack is x:
-                return T, alpha
-        T = self._centred(self._rows(x))
-        alpha = self._dot(T, self.c / self.n)
-        self._kept += ((x, T, alpha),)
-        return T, alpha
+    def _once(self, x: Tensor, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Something of a stack, kept until `release`: push, contraction and diagonal need the same."""
+        for stack, kind, value in self._kept:
+            if stack is x and kind == name:
+                return value
+        value = compute()
+        self._kept += ((x, name, value),)
+        return value
 
     def release(self) -> None:
         self._kept = ()
+
+    def _tilde(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """a~ as (k, M, n) and alpha as (k, M)."""
+        T = self._once(x, "tilde", lambda: self._centred(self._rows(x)))
+        return T, self._once(x, "alpha", lambda: self._dot(T, self.c / self.n))
+
+    def _variances(self, x: Tensor) -> Tensor:
+        """A_aa as (k, M)."""
+        T, _ = self._tilde(x)
+        return self._once(x, "variances", lambda: self._dot(T, T) / self.n)
 
     def _rows(self, stack: Tensor) -> Tensor:
         """A stack as (k, M, n)."""
@@ -86,15 +95,15 @@ class Normalize(Local):
         along = (Y * self.y).mean(-1, keepdim=True)
         return self._centred((Y - along * self.y).mul_(self.r)).view(len(stack), *self.shape)
 
-    def _scalars(self, lam: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scalars(self, lam: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """beta = <lam, a~> of shape (k, M); gamma = <lam, c> and r of shape (M,)."""
-        lam = lam.reshape(-1, self.n)
-        return self._dot(T, lam), (lam * self.c).sum(-1), self.r[:, 0]
+        lam, (T, _) = lam.reshape(-1, self.n), self._tilde(x)
+        return self._once(x, "beta", lambda: self._dot(T, lam)), (lam * self.c).sum(-1), self.r[:, 0]
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
         T, alpha = self._tilde(x.data)
-        beta, gamma, r = self._scalars(lam, T)
+        beta, gamma, r = self._scalars(lam, x.data)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
         weight = (-gamma * r**3 / self.n)[:, None].expand_as(self.c).reshape(-1)
         sums.add2(x.groups, x.groups, weighted_gram(T.flatten(1), weight) + cross + cross.T)
@@ -103,7 +112,7 @@ class Normalize(Local):
         ((_, x),) = tangents.items()
         T, alpha = self._tilde(x.data)
         k = len(T)
-        beta, gamma, r = self._scalars(lam, T)
+        beta, gamma, r = self._scalars(lam, x.data)
         by_row = T.transpose(0, 1)  # (M, k, n)
         gram = (by_row @ by_row.mT / self.n).permute(1, 2, 0).reshape(k * k, -1)  # (k k, M)
         # the three placements of  A_st Q_r + alpha_s alpha_t P_r, summed over rows
@@ -123,7 +132,7 @@ class Normalize(Local):
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
         T, alpha = self._tilde(x.data)
-        beta, gamma, r = self._scalars(lam, T)
+        beta, gamma, r = self._scalars(lam, x.data)
         on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
         out = on_c[..., None] * self.c
         out += (-(r**3) * alpha)[..., None] * lam.reshape(-1, self.n)
@@ -134,22 +143,22 @@ class Normalize(Local):
         ((_, x),) = tangents.items()
         T, alpha = self._tilde(x.data)
         r = self.r[:, 0]
-        twice = 3 * r**5 * alpha**2 - r**3 * self._dot(T, T) / self.n
+        twice = 3 * r**5 * alpha**2 - r**3 * self._variances(x.data)
         out = (-2 * r**3 * alpha)[..., None] * T + twice[..., None] * self.c
         return Stack(x.groups, out.view(len(T), *self.shape))
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
         T, alpha = self._tilde(x.data)
-        beta, gamma, r = self._scalars(lam, T)
-        A = self._dot(T, T) / self.n
+        beta, gamma, r = self._scalars(lam, x.data)
+        A = self._variances(x.data)
         twice = 3 * r**5 * alpha**2 - r**3 * A
         thrice = -15 * r**7 * alpha**3 + 9 * r**5 * A * alpha
         sums.add_diagonal(x.groups, (3 * beta * twice + gamma * thrice).sum(1))
         for x2 in bent.values():
             T2, alpha2 = self._tilde(x2.data)
             T1, alpha1, beta1 = (take(v, x.groups, x2.groups) for v in (T, alpha, beta))
-            beta2, _, _ = self._scalars(lam, T2)
+            beta2, _, _ = self._scalars(lam, x2.data)
             mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * self._dot(T1, T2) / self.n
             total = -(r**3) * (beta2 * alpha1 + beta1 * alpha2) + gamma * mixed
             sums.add_diagonal(x2.groups, 3 * total.sum(1))
