@@ -64,20 +64,25 @@ def test_S2_killed_again_while_resuming(server: Server, quiet: dict[str, bytes],
 
 def test_S2_killed_at_random_instants(server: Server, quiet: dict[str, bytes], folder: Path) -> None:
     acks = str(folder.parent.parent / "acks")
-    start = time.monotonic()
-    assert server.run(Job(str(folder), acks=acks)).status == 0
-    duration = time.monotonic() - start
-    resumes(folder, [], quiet)
+    # The quickest of a few runs, and as many tries as it takes: on a busy machine a single measure is far too long,
+    # and most kills would come after the end.
+    durations = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert server.run(Job(str(folder), acks=acks)).status == 0
+        durations.append(time.monotonic() - start)
+        resumes(folder, [], quiet)
     draw = random.Random(0)
-    killed = 0
-    for _ in range(20):
+    killed = tries = 0
+    while killed < 20 and tries < 100:
+        tries += 1
         pid = server.start(Job(str(folder), acks=acks))
-        time.sleep(draw.uniform(0, duration))
+        time.sleep(draw.uniform(0, min(durations)))
         os.kill(pid, signal.SIGKILL)  # a child that is done is a zombie until `end`
         end = server.end()
         killed += end.status == -signal.SIGKILL
         resumes(folder, end.acks, quiet)
-    assert killed > 5
+    assert killed == 20
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EACCES"])
