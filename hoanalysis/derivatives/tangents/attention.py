@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,6 @@ from hoanalysis.derivatives.tangents.rules import Local, Stack
 from hoanalysis.derivatives.tangents.rules.linear import Add
 from hoanalysis.derivatives.tangents.rules.product import MatrixProduct
 from hoanalysis.derivatives.tangents.rules.softmax import Softmax
-from hoanalysis.derivatives.tangents.threads import share
 
 TILE = 2**20  # bytes of one stack of a tile: the few that are in use at a time stay in the cache
 WORTH = 2**15  # entries of one head's stack of scores below which the loop over heads costs more than it saves
@@ -129,31 +127,21 @@ def stream(
     size = len(groups)
     fine = _tiles(p, max(8, TILE // (size * p.shape[-1] * p.element_size()) // 8 * 8))
     largest = max((i1 - i0) * (j1 - j0) for i0, i1, j0, j1 in fine)
+    buffers = [q.new_empty(size * largest) for _ in range(5 if second else 3)]
     coarse = _tiles(p, 64)
-    lock = threading.Lock()
-
-    def work(heads: Sequence[tuple[int, ...]]) -> None:
-        buffers = [q.new_empty(size * largest) for _ in range(5 if second else 3)]
-        for h in heads:
-            at: tuple[slice | int, ...] = (slice(None), *h)
-            head = _Head([x[h] for x in fixed], [x[at] for x in (q, k, v)])
-            head.start(coarse)
-            if second:
-                head.start_second(coarse, *((where, x[at]) for where, x in (q2, k2, v2)))
-            for i0, i1, j0, j1 in fine:
-                i, j = slice(i0, i1), slice(j0, j1)
-                tile = [b[: size * (i1 - i0) * (j1 - j0)].view(size, i1 - i0, j1 - j0) for b in buffers]
-                out[at][:, i] = head.first(i, j, tile)
-                if out2 is not None:
-                    out2[at][:, i] = head.second(i, j, tile)
-            one, two, diagonal = head.contract()
-            with lock:
-                sums.add2(groups, groups, one)
-                sums.add2(groups, groups, two, both=True)
-                if diagonal is not None:
-                    sums.add_diagonal(groups, diagonal)
-
-    share(work, list(itertools.product(*map(range, p.shape[:-2]))))
+    for h in itertools.product(*map(range, p.shape[:-2])):
+        at: tuple[slice | int, ...] = (slice(None), *h)
+        head = _Head([x[h] for x in fixed], [x[at] for x in (q, k, v)])
+        head.start(coarse)
+        if second:
+            head.start_second(coarse, *((where, x[at]) for where, x in (q2, k2, v2)))
+        for i0, i1, j0, j1 in fine:
+            i, j = slice(i0, i1), slice(j0, j1)
+            tile = [b[: size * (i1 - i0) * (j1 - j0)].view(size, i1 - i0, j1 - j0) for b in buffers]
+            out[at][:, i] = head.first(i, j, tile)
+            if out2 is not None:
+                out2[at][:, i] = head.second(i, j, tile)
+        head.contract(groups, sums)
     return Stack(groups, out), None if out2 is None else Stack(groups, out2)
 
 
@@ -250,16 +238,16 @@ class _Head:
         out[at_v].baddbmm_(p.expand(len(v2), -1, -1), v2[:, j])
         return out
 
-    def contract(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the softmax, and both products, add to D2; what all three add to the diagonal of D3."""
-        products = self.mu.flatten(1) @ self.K.flatten(1).T
-        products.addmm_(self.nu.flatten(1), self.V.flatten(1).T)
+    def contract(self, groups: Groups, sums: Sums) -> None:
+        sums.add2(groups, groups, mirrored(self.gram))
+        K, V = self.K.flatten(1), self.V.flatten(1)
+        sums.add2(groups, groups, (self.mu.flatten(1) @ K.T).addmm_(self.nu.flatten(1), V.T), both=True)
         if self.diagonal is not None:
             (at_k, k2), (at_v, v2) = self.bent[1:]
             self.diagonal += 3 * _dots(self.nu2, self.V)
             self.diagonal[at_k] += 3 * _dots(self.mu[at_k], k2)
             self.diagonal[at_v] += 3 * _dots(self.nu[at_v], v2)
-        return mirrored(self.gram), products, self.diagonal
+            sums.add_diagonal(groups, self.diagonal)
 
 
 def _rows(stack: Stack | None, like: Tensor, groups: Groups) -> tuple[slice, Tensor]:
