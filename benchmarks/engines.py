@@ -18,6 +18,7 @@ With ``--out NAME`` the table is written to NAME.md, the Dataset to NAME.nc and 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import time
 import warnings
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Workload:
     loss: Callable
 
     def __post_init__(self) -> None:
-        self.problem = ho.Problem(self.model, [self.batch], self.loss)
+        self.problem = ho.Problem(self.model, [self.batch], self.loss, batch_size=lambda batch: len(batch[0]))
         self.theta = {n: p.detach() for n, p in self.model.named_parameters()}
         self.u = dict(zip(self.theta, self.gradient(), strict=True))
 
@@ -158,13 +159,15 @@ def measure(w: Workload, engines: list[str], quantities: list[str], repeats: int
     gradient = float(np.median(seconds["gradient", "autograd"]))
     flops = {k: _flops(calls[k]) for k in calls if k[1] in ("autograd", "tangents")}
     shape = (len(quantities), len(engines))
-    table, count, error = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
+    table, count, error, third = (np.full(shape, np.nan) for _ in range(4))
     for i, q in enumerate(quantities):
         for j, e in enumerate(engines):
             if (q, e) not in calls:
                 continue
             table[i, j] = np.median(seconds[q, e]) / gradient
             count[i, j] = flops.get((q, e), np.nan) / flops["gradient", "autograd"]
+            if (q, e) == ("D3", "tangents"):
+                third[i, j] = table[i, j] * _contraction(calls[q, e])
             name = "D3_diag" if q == "D2 + diag D3" else q
             ours, theirs = results[q, "tangents"][name], results[q, e][name]
             error[i, j] = np.linalg.norm(theirs - ours) / np.linalg.norm(ours)
@@ -173,6 +176,7 @@ def measure(w: Workload, engines: list[str], quantities: list[str], repeats: int
         {
             "gradients": (dims, table, {"long_name": "median time", "units": "gradients"}),
             "flops": (dims, count, {"long_name": "floating-point operations", "units": "gradients"}),
+            "contraction": (dims, third, {"long_name": "of it, the contractions to D3", "units": "gradients"}),
             "difference": (dims, error, {"long_name": "relative difference from tangents", "units": "1"}),
             "gradient_seconds": ((), gradient, {"long_name": "one gradient", "units": "s"}),
         },
@@ -186,6 +190,19 @@ def _flops(call: Callable) -> float:
     return float(counter.get_total_flops())
 
 
+def _contraction(call: Callable) -> float:
+    """The share of a call that goes into the contractions of stacks to D3, the rules' method `third`."""
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    found = [
+        (function.co_name, entry.totaltime)
+        for entry in profile.getstats()
+        if not isinstance(function := entry.code, str) and "tangents" in function.co_filename
+    ]
+    total = max(entry.totaltime for entry in profile.getstats())
+    return sum(seconds for name, seconds in found if name == "third") / total
+
+
 def markdown(ds: xr.Dataset) -> str:
     """The table of docs/engine.md."""
     lines = ["| model | S | batch | one gradient | quantity | " + " | ".join(map(str, ds.engine.values)) + " |"]
@@ -193,7 +210,11 @@ def markdown(ds: xr.Dataset) -> str:
     for model in ds.model.values:
         m = ds.sel(model=model)
         for q in ds.quantity.values:
-            cells = [f"{v:.3g}" if np.isfinite(v) else "" for v in m.gradients.sel(quantity=q).values]
+            row = m.sel(quantity=q)
+            cells = [
+                (f"{v:.3g}" if np.isfinite(v) else "") + (f" (contraction {c:.3g})" if np.isfinite(c) else "")
+                for v, c in zip(row.gradients.values, row.contraction.values, strict=True)
+            ]
             head = f"{model} | {int(m.groups)} | {int(m.batch)} | {float(m.gradient_seconds) * 1e3:.0f} ms"
             lines.append(f"| {head} | {q} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from hoanalysis._version import __version__
-from hoanalysis.errors import HoError, ReportError
+from hoanalysis.errors import ArgumentError, HoError, ReportError
 
 app = typer.Typer(
     help="Post-mortems of training runs through exact summaries of higher-order derivatives.",
@@ -22,19 +24,29 @@ app = typer.Typer(
 Studies = Annotated[list[Path], typer.Argument(help="study.toml files, or the folders that hold them")]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as from a batch system: the same orderly end as Ctrl-C."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
 def _command(fn: Callable[..., None]) -> Callable[..., None]:
-    """An error that a user can cause is a sentence on stderr and exit code 1; Ctrl-C is 130."""
+    """An error that a user can cause is a sentence on stderr and exit code 1; Ctrl-C is 130, SIGTERM 143."""
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             fn(*args, **kwargs)
         except HoError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             typer.echo("interrupted; what was finished is kept, call again to go on", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return run
 
@@ -86,7 +98,8 @@ def report(
 ) -> None:
     """Compute what is missing and render the reports of one or more studies.
 
-    Exit code 0: all reports are there. 1: something failed, and what it was. 130: Ctrl-C. A second call goes on.
+    Exit code 0: all reports are there. 1: something failed, and what it was. 130: Ctrl-C. 143: SIGTERM. A second call
+    goes on.
     """
     from hoanalysis.reports import report as render
 
@@ -116,15 +129,24 @@ def summarize(
 
 @app.command("show")
 @_command
-def show(path: Annotated[Path, typer.Argument(help="a netCDF file or a store")]) -> None:
+def show(
+    path: Annotated[Path, typer.Argument(help="a netCDF file or a store")],
+    name: Annotated[str | None, typer.Option(help="the study of a store that holds several; else all")] = None,
+) -> None:
     """What a stored Dataset holds and what it says, in sentences."""
     from hoanalysis.analysis.findings import findings
-    from hoanalysis.store import open_dataset
+    from hoanalysis.store import Store, is_store, open_dataset, open_store
 
-    ds = open_dataset(path)
-    typer.echo(str(ds))
-    for line in findings(ds):
-        typer.echo(f"- {line}")
+    names = Store.open(path, mode="r").plan_names() if is_store(path) and name is None else []
+    if name is not None and not is_store(path):
+        raise ArgumentError(f"--name {name} chooses among the studies of a store", where=str(path), do="leave it out")
+    for study in names if len(names) > 1 else [name]:
+        if study is not None:
+            typer.echo(f"{study}:")
+        ds = open_dataset(path) if study is None else open_store(path, study)
+        typer.echo(str(ds))
+        for line in findings(ds):
+            typer.echo(f"- {line}")
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:

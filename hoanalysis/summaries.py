@@ -25,7 +25,7 @@ from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.directions import Direction, Recipe, digest, group_norms
 from hoanalysis.directions import resolve as resolve_direction
-from hoanalysis.errors import ArgumentError, CheckpointError, NumericsError, listed
+from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NumericsError, StoreError, listed
 from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows
@@ -398,12 +398,30 @@ class Work:
         return cached[1]
 
     def fill(self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool) -> int:
-        """Compute and publish what the plan asks for and the store lacks; how many units that were."""
+        """Compute and publish what the plan asks for and the store lacks; how many units that were.
+
+        A checkpoint that fails does not stop the others; what went wrong is raised when they are done. Two in a row
+        that fail with the same words mean that the fault lies in the study: the rest is not tried.
+        """
         wanted = [(i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]]
         missing = [(i, key) for i, key in wanted if store.read(key) is None]
+        failed: dict[str, Exception] = {}
+        words = ""
         for i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
-            unit = self.unit(run[i], run, store=store, progress=False)
-            store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key["checkpoint"]))
+            try:
+                unit = self.unit(run[i], run, store=store, progress=False)
+                store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key["checkpoint"]))
+            except StoreError:
+                raise
+            except Exception as error:
+                failed[str(run.steps[i])] = error
+                if str(error) == words:
+                    break
+                words = str(error)
+            else:
+                words = ""
+        if failed:
+            raise _summed_up(failed, len(missing))
         return len(missing)
 
     # ---- the plan -----------------------------------------------------------------------------------------------
@@ -522,6 +540,20 @@ def _refuse_nonfinite(state: State) -> None:
         raise NumericsError(
             f"parameters that are not finite: {listed(bad)}", why=f"{sum(bad.values())} entries are NaN or infinite"
         )
+
+
+def _summed_up(failed: Mapping[str, Exception], tried: int) -> Exception:
+    """The error of one checkpoint, or the first of several with the others' steps."""
+    first = next(iter(failed.values()))
+    if len(failed) == 1:
+        return first
+    steps = f"{len(failed)} of {tried} checkpoints failed, at steps {listed(failed)}"
+    if isinstance(first, HoError):
+        return type(first)(
+            f"{steps}; the first: {first.what}", where=first.where, why=first.why, do=first.do, kept=first.kept
+        )
+    first.add_note(steps)
+    return first
 
 
 def _refuse_replaced(run: Run, position: int, sha256: str) -> None:

@@ -45,6 +45,24 @@ def test_summarize_and_show(study: Path, tmp_path: Path) -> None:
         assert "loss went from" in shown.output
 
 
+def test_show_of_a_store_with_several_studies(study: Path, tmp_path: Path) -> None:
+    study.write_text(study.read_text() + 'directions = ["gradient", "weights"]\n')
+    assert call("summarize", study, "--out", tmp_path / "out", "--quiet").exit_code == 0
+    store = tmp_path / "out" / "store"
+    both = call("show", store)
+    assert both.exit_code == 0, both.output
+    assert [line for line in both.output.splitlines() if line.endswith("-canonical:")] == [
+        "gradient-canonical:", "weights-canonical:",
+    ]  # fmt: skip
+    one = call("show", store, "--name", "weights-canonical")
+    assert "gradient-canonical" not in one.output
+    assert "loss went from" in one.output
+    wrong = call("show", store, "--name", "weight")
+    assert wrong.exit_code == 1
+    assert "weights-canonical" in wrong.output
+    assert call("show", tmp_path / "out" / "summaries.nc", "--name", "weights").exit_code == 1
+
+
 def break_key(study: Path) -> None:
     study.write_text(study.read_text().replace("order = 2", "oder = 2"))
 

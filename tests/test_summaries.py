@@ -17,6 +17,7 @@ from torch import nn
 import hoanalysis as ho
 from hoanalysis import schema, summaries
 from hoanalysis.errors import ArgumentError, CheckpointError, DataError, HoError, NumericsError, SchemaError
+from hoanalysis.study import StudySpec
 from tests import oracles
 
 SIZES = (5, 3, 7, 4)
@@ -457,3 +458,27 @@ def test_r_of_merged_groups_needs_the_full_third_order() -> None:
     assert np.isfinite(ds.ho.regularizer()).all()
     with pytest.raises(SchemaError, match="D3"):
         ds.ho.merge("layer").ho.regularizer()
+
+
+def test_a_checkpoint_that_fails_does_not_stop_the_others(study, tmp_path, monkeypatch) -> None:
+    spec = StudySpec.read(study)
+    run, problem = spec.run(), spec.problem()
+    real, tried = summaries.Work.unit, []
+
+    def unit(self, checkpoint, *args, **kwargs):
+        tried.append(checkpoint.step)
+        if checkpoint.step < 20:
+            raise NumericsError("D2 overflowed", where=f"step {checkpoint.step}" if places else "")
+        return real(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(summaries.Work, "unit", unit)
+    places = True
+    with pytest.raises(NumericsError, match="2 of 3 checkpoints failed, at steps '0', '10'; the first: D2 overflowed"):
+        ho.summarize_run(run, problem, order=2, store=tmp_path / "store", progress=False)
+    assert tried == [0, 10, 20]
+    assert ho.open_dataset(tmp_path / "store").loss.isnull().values.tolist() == [True, True, False]
+    places = False  # the same words twice: the study is at fault
+    tried.clear()
+    with pytest.raises(NumericsError, match="2 of 3"):
+        ho.summarize_run(run, problem, order=2, store=tmp_path / "other", progress=False)
+    assert tried == [0, 10]

@@ -39,13 +39,18 @@ def open_store(folder: str | os.PathLike[str], name: str | None = None) -> xr.Da
     return schema.validate(assemble(plan, store.read))
 
 
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether this is the folder of a store."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def open_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
     """A stored Dataset: a netCDF or Zarr `export`, or the folder of a store. In memory; the file is closed."""
     where = Path(os.path.abspath(path))
     with explained("open the Dataset", where):
         if not where.exists():
             raise missing(where, "Dataset")
-        if (where / MANIFEST).is_file():
+        if is_store(where):
             return open_store(where)
         if where.is_dir() and not is_zarr(where):
             raise StoreError(

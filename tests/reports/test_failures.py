@@ -72,13 +72,16 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_R4_ctrl_c_in_a_cell_stops_with_130_and_leaves_an_index(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_R4_ctrl_c_in_a_cell_stops_with_130_and_leaves_an_index(
+    forks: Forks, tmp_path: Path, sent: int, status: int
+) -> None:
     studies = [write_study(tmp_path / name, f"factories_{name}_c", steps=1) for name in ("one", "two", "three")]
     flag, out = tmp_path / "flag", tmp_path / "out"
     wait = f"import os, time\nif 'two' in os.getcwd():\n    open({str(flag)!r}, 'w').write(str(os.getpid()))\n"
     mine = notebook(tmp_path / "n.ipynb", "print('first')", f"{wait}    time.sleep(100)")
-    end = forks("report", *studies, "--out", out, "-q", "--notebook", mine, signal=signal.SIGINT, file=str(flag))
-    assert end.status == 130, end.output
+    end = forks("report", *studies, "--out", out, "-q", "--notebook", mine, signal=sent, file=str(flag))
+    assert end.status == status, end.output
     assert "interrupted" in end.output
     assert "Traceback" not in end.output
     assert not alive(int(flag.read_text()))  # the kernel

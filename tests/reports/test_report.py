@@ -111,14 +111,7 @@ def gap(monkeypatch) -> None:
             raise NumericsError("D2 overflowed", where="step_10.safetensors")
         return real(self, checkpoint, *args, **kwargs)
 
-    def fill(self, store, run, plan, progress):  # the last unit is there before the middle one fails
-        for i, step in sorted(enumerate(plan["steps"]), key=lambda s: s[1]["step"] == 10):
-            for key in step["units"]:
-                store.publish(key, self.unit(run[i], run, store=store, progress=False))
-        return 0
-
     monkeypatch.setattr(Work, "unit", unit)
-    monkeypatch.setattr(Work, "fill", fill)
 
 
 def test_R7_an_incomplete_store_is_shown_with_a_banner_and_gaps(study: Path, tmp_path: Path, gap) -> None:
