@@ -202,7 +202,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
     if plan["series"]:
         coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
-    coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", *schema.GROUP_COORDS_BY_STEP)}
+    coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP)}
     attrs = {
         **plan["attrs"],
         # Of this Dataset, not of the units: a unit that is computed again must be bit-identical to the first.
@@ -246,6 +246,8 @@ def _row(
         "n_batches": n_batches,
         "n_samples": n_samples,
         "units_read": len(shards),
+        # NaN where nothing can be asked for: the last checkpoint's step to the next one
+        "coverage": len(shards) / len(step["units"]) if step["units"] else np.nan,
     }
     return row | {k: ((), np.asarray(v)) for k, v in scalars.items()}
 
