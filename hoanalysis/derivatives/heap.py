@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 
 # <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 MMAPS = 65_536  # glibc's default number of mapped blocks
-KEPT = 512 * 2**20  # of freed memory at the end of the heap; what is above goes back to the system
+KEPT = 1 / 12  # of the machine's memory, freed and at the end of the heap; what is above goes back to the system
 
 
 @contextlib.contextmanager
 def reused() -> Iterator[None]:
-    """Within this context freed blocks of any size stay in the heap; afterwards `KEPT` bytes of them at most.
+    """Within this context freed blocks of any size stay in the heap; afterwards `KEPT` of the machine's memory at most.
 
     glibc stops adjusting its threshold for mapped blocks once it has been set, so it is left at the highest value
     that the adjustment would have reached.
@@ -36,7 +37,12 @@ def reused() -> Iterator[None]:
     finally:
         mallopt(M_MMAP_MAX, MMAPS)
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, KEPT)
+        mallopt(M_TRIM_THRESHOLD, _kept())
+
+
+def _kept() -> int:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(KEPT * total, 2**31 - 1))  # mallopt takes an int
 
 
 def _mallopt():
