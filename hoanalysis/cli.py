@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hoanalysis._version import __version__
-from hoanalysis.errors import ArgumentError, HoError, ReportError
+from hoanalysis.errors import ArgumentError, HoError, ReportError, StoreError
 
 app = typer.Typer(
     help="Post-mortems of training runs through exact summaries of higher-order derivatives.",
@@ -43,12 +44,19 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
             fn(*args, **kwargs)
         except HoError as error:
             typer.echo(f"error: {error}", err=True)
+            if isinstance(error, StoreError) and fn.__name__ in ("report", "summarize"):
+                typer.echo(f"what was finished is kept; to go on: {_this_call()}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
-            typer.echo("interrupted; what was finished is kept, call again to go on", err=True)
+            typer.echo(f"interrupted; what was finished is kept; to go on: {_this_call()}", err=True)
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return run
+
+
+def _this_call() -> str:
+    """The command that is running, for a shell."""
+    return shlex.join(["hoanalysis", *sys.argv[1:]])
 
 
 def _version(show: bool) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hoanalysis import __version__
 from hoanalysis.cli import app
+from hoanalysis.store import Store
 from tests.reports.notebooks import notebook
 
 
@@ -61,6 +62,17 @@ def test_show_of_a_store_with_several_studies(study: Path, tmp_path: Path) -> No
     assert wrong.exit_code == 1
     assert "weights-canonical" in wrong.output
     assert call("show", tmp_path / "out" / "summaries.nc", "--name", "weights").exit_code == 1
+
+
+def test_a_second_writer_is_told_how_to_go_on(study: Path, tmp_path: Path) -> None:
+    arguments = ["summarize", str(study), "--out", str(tmp_path / "my out"), "-q"]
+    with Store.open(tmp_path / "my out" / "store", mode="w"):
+        command = [sys.executable, "-m", "hoanalysis.cli", *arguments]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "Traceback" not in second.stderr
+    assert f"to go on: hoanalysis summarize {study} --out '{tmp_path}/my out' -q" in second.stderr
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def break_key(study: Path) -> None:
