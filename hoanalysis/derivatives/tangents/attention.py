@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.derivatives.tangents.graph import Graph, Node
-from hoanalysis.derivatives.tangents.groups import Groups, Sums, add_lower, mirrored, rows, union
+from hoanalysis.derivatives.tangents.groups import Gram, Groups, Sums, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack
 from hoanalysis.derivatives.tangents.rules.linear import Add
 from hoanalysis.derivatives.tangents.rules.product import MatrixProduct
@@ -183,7 +183,7 @@ class _Head:
         self.q, self.k, self.v, self.p, self.w, self.lo = fixed
         self.Q, self.K, self.V = tangents
         self.size = len(self.Q)
-        self.gram = self.Q.new_zeros(self.size, self.size)
+        self.gram = Gram(self.Q, self.size)
         self.mu, self.nu = torch.zeros_like(self.K), torch.zeros_like(self.V)  # w^T q_a, p_a^T lam_o
         self.diagonal: Tensor | None = None
 
@@ -214,7 +214,7 @@ class _Head:
         a.sub_(torch.mul(a, p, out=pa).sum(-1, keepdim=True))
         torch.mul(a, p, out=pa)
         torch.mul(a, self.w[i, j], out=wa)
-        add_lower(self.gram, wa.flatten(1), a.flatten(1))
+        self.gram.add(wa.flatten(1), a.flatten(1))
         self.nu[:, j].baddbmm_(pa.mT, self._all(self.lo[i]))
         return torch.bmm(pa, self._all(self.v[j])).baddbmm_(self._all(p), self.V[:, j])
 
@@ -239,7 +239,7 @@ class _Head:
         return out
 
     def contract(self, groups: Groups, sums: Sums) -> None:
-        sums.add2(groups, groups, mirrored(self.gram))
+        sums.add2(groups, groups, self.gram.matrix())
         K, V = self.K.flatten(1), self.V.flatten(1)
         sums.add2(groups, groups, (self.mu.flatten(1) @ K.T).addmm_(self.nu.flatten(1), V.T), both=True)
         if self.diagonal is not None:
