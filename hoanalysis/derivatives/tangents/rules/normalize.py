@@ -53,9 +53,9 @@ class Normalize(Local):
     def _centred(self, rows: Tensor) -> Tensor:
         return rows - rows.mean(-1, keepdim=True) if self.center else rows
 
-    _kept: tuple[tuple[Tensor, str, Tensor], ...] = ()
+    _kept: tuple[tuple[Tensor, str, Any], ...] = ()
 
-    def _once(self, x: Tensor, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _once(self, x: Tensor, name: str, compute: Callable[[], Any]) -> Any:
         """Something of a stack, kept until `release`: push, contraction and diagonal need the same."""
         for stack, kind, value in self._kept:
             if stack is x and kind == name:
@@ -69,8 +69,21 @@ class Normalize(Local):
 
     def _tilde(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """a~ as (k, M, n) and alpha as (k, M)."""
-        T = self._once(x, "tilde", lambda: self._centred(self._rows(x)))
-        return T, self._once(x, "alpha", lambda: self._dot(T, self.c / self.n))
+        return self._once(x, "tilde", lambda: self._read(x)[:2])
+
+    def _read(self, x: Tensor, lam: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """a~, alpha and, where ``lam`` is given, beta = <lam, a~>, of each tangent while it is in the cache."""
+        X, c = self._rows(x), self.c / self.n
+        T = torch.empty(X.shape, dtype=X.dtype, device=X.device) if self.center else X
+        alpha = X.new_empty(X.shape[:2])
+        beta = None if lam is None else X.new_empty(X.shape[:2])
+        for i in blocks(X):
+            if self.center:
+                torch.sub(X[i], X[i].mean(-1, keepdim=True), out=T[i])
+            torch.sum(T[i] * c, -1, out=alpha[i])
+            if lam is not None and beta is not None:
+                torch.sum(T[i] * lam, -1, out=beta[i])
+        return T, alpha, beta
 
     def _variances(self, x: Tensor) -> Tensor:
         """A_aa as (k, M)."""
@@ -88,7 +101,10 @@ class Normalize(Local):
     def push(self, key: Key, stack: Tensor) -> Tensor:
         T, alpha = self._tilde(stack)
         along = (self.r[:, 0] * alpha)[..., None]  # <y, a~> / n
-        return torch.addcmul(T, along, self.y, value=-1).mul_(self.r).view(len(stack), *self.shape)
+        out = torch.empty(T.shape, dtype=T.dtype, device=T.device)
+        for i in blocks(T):
+            torch.addcmul(T[i], along[i], self.y, value=-1, out=out[i]).mul_(self.r)
+        return out.view(len(stack), *self.shape)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         Y = self._rows(stack)
@@ -97,22 +113,24 @@ class Normalize(Local):
 
     def _scalars(self, lam: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """beta = <lam, a~> of shape (k, M); gamma = <lam, c> and r of shape (M,)."""
-        lam, (T, _) = lam.reshape(-1, self.n), self._tilde(x)
-        return self._once(x, "beta", lambda: self._dot(T, lam)), (lam * self.c).sum(-1), self.r[:, 0]
+        lam = lam.reshape(-1, self.n)
+        T, alpha, beta = self._once(x, "beta", lambda: self._read(x, lam))
+        self._once(x, "tilde", lambda: (T, alpha))
+        return beta, (lam * self.c).sum(-1), self.r[:, 0]
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T, alpha = self._tilde(x.data)
         beta, gamma, r = self._scalars(lam, x.data)
+        T, alpha = self._tilde(x.data)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
         weight = (-gamma * r**3 / self.n)[:, None].expand_as(self.c).reshape(-1)
         sums.add2(x.groups, x.groups, weighted_gram(T.flatten(1), weight) + cross + cross.T)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
+        beta, gamma, r = self._scalars(lam, x.data)
         T, alpha = self._tilde(x.data)
         k = len(T)
-        beta, gamma, r = self._scalars(lam, x.data)
         by_row = T.transpose(0, 1)  # (M, k, n)
         gram = (by_row @ by_row.mT / self.n).permute(1, 2, 0).reshape(k * k, -1)  # (k k, M)
         # the three placements of  A_st Q_r + alpha_s alpha_t P_r, summed over rows
@@ -131,8 +149,8 @@ class Normalize(Local):
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack:
         x = tangents[key]
-        T, alpha = self._tilde(x.data)
         beta, gamma, r = self._scalars(lam, x.data)
+        T, alpha = self._tilde(x.data)
         on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
         out = on_c[..., None] * self.c
         out += (-(r**3) * alpha)[..., None] * lam.reshape(-1, self.n)
@@ -149,16 +167,16 @@ class Normalize(Local):
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
-        T, alpha = self._tilde(x.data)
         beta, gamma, r = self._scalars(lam, x.data)
+        T, alpha = self._tilde(x.data)
         A = self._variances(x.data)
         twice = 3 * r**5 * alpha**2 - r**3 * A
         thrice = -15 * r**7 * alpha**3 + 9 * r**5 * A * alpha
         sums.add_diagonal(x.groups, (3 * beta * twice + gamma * thrice).sum(1))
         for x2 in bent.values():
+            beta2, _, _ = self._scalars(lam, x2.data)
             T2, alpha2 = self._tilde(x2.data)
             T1, alpha1, beta1 = (take(v, x.groups, x2.groups) for v in (T, alpha, beta))
-            beta2, _, _ = self._scalars(lam, x2.data)
             mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * self._dot(T1, T2) / self.n
             total = -(r**3) * (beta2 * alpha1 + beta1 * alpha2) + gamma * mixed
             sums.add_diagonal(x2.groups, 3 * total.sum(1))
