@@ -1,4 +1,4 @@
-"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``."""
+"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``, ``unlock``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> None:
+        warnings.showwarning = _as_sentence
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -52,6 +54,10 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return run
+
+
+def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _this_call() -> str:
@@ -149,12 +155,21 @@ def show(
     if name is not None and not is_store(path):
         raise ArgumentError(f"--name {name} chooses among the studies of a store", where=str(path), do="leave it out")
     for study in names if len(names) > 1 else [name]:
+        ds = open_dataset(path) if study is None else open_store(path, study)
         if study is not None:
             typer.echo(f"{study}:")
-        ds = open_dataset(path) if study is None else open_store(path, study)
         typer.echo(str(ds))
         for line in findings(ds):
             typer.echo(f"- {line}")
+
+
+@app.command("unlock")
+@_command
+def unlock(store: Annotated[Path, typer.Argument(help="the folder of a store")]) -> None:
+    """Clear the lock that a dead writer on another host left behind. Make sure that it is dead."""
+    from hoanalysis.store import unlock as clear
+
+    typer.echo(clear(store))
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:

@@ -60,6 +60,10 @@ def group_norms(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
     return np.sqrt(squares)
 
 
+#: The provenance of a gradient, computed or out of a store.
+OF_GRADIENT = {"over": "whole data, first pass"}
+
+
 def resolve(
     recipe: Recipe,
     problem: Problem,
@@ -106,7 +110,7 @@ def resolve(
 def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress):
     theta = state.parameters
     if recipe == "gradient":
-        return gradient(problem, state, max_batches, progress), {"over": "whole data, first pass"}
+        return gradient(problem, state, max_batches, progress), dict(OF_GRADIENT)
     if recipe == "weights":
         return {n: -p for n, p in theta.items()}, {}
     if recipe == "random":

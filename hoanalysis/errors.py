@@ -65,6 +65,10 @@ class DataError(HoError):
     """The data cannot be iterated, or a batch is unusable."""
 
 
+class NonFiniteWeights(CheckpointError):
+    """Weights of a checkpoint are NaN or infinite; others of the run can be computed."""
+
+
 class NumericsError(HoError):
     """A derivative overflowed or is not a number."""
 

@@ -23,7 +23,7 @@ from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.tangents import TangentsUnsupported
-from hoanalysis.directions import Direction, Recipe, digest, group_norms
+from hoanalysis.directions import OF_GRADIENT, Direction, Recipe, digest, group_norms
 from hoanalysis.directions import resolve as resolve_direction
 from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NumericsError, StoreError, listed
 from hoanalysis.partitions import Partition
@@ -269,7 +269,7 @@ class Work:
         stored = store.read_arrays(key) if store is not None and key is not None else None
         if stored is not None:
             tensors = {n: torch.from_numpy(stored[n]) for n in state.parameters}
-            return Direction(tensors, self.direction_name)
+            return Direction(tensors, self.direction_name, dict(OF_GRADIENT))  # no other is stored
         identity = identity or self._identity(state, checkpoint)
         cached = self.problem.cache.get("direction")
         s = self.settings
@@ -400,13 +400,12 @@ class Work:
     def fill(self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool) -> int:
         """Compute and publish what the plan asks for and the store lacks; how many units that were.
 
-        A checkpoint that fails does not stop the others; what went wrong is raised when they are done. Two in a row
-        that fail with the same words mean that the fault lies in the study: the rest is not tried.
+        A checkpoint that fails does not stop the others; what went wrong is raised when they are done. Checkpoints of
+        the same content share a unit.
         """
-        wanted = [(i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]]
-        missing = [(i, key) for i, key in wanted if store.read(key) is None]
+        wanted = {canonical(key): (i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]}
+        missing = [(i, key) for i, key in wanted.values() if store.read(key) is None]
         failed: dict[str, Exception] = {}
-        words = ""
         for i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
             try:
                 unit = self.unit(run[i], run, store=store, progress=False)
@@ -415,11 +414,6 @@ class Work:
                 raise
             except Exception as error:
                 failed[str(run.steps[i])] = error
-                if str(error) == words:
-                    break
-                words = str(error)
-            else:
-                words = ""
         if failed:
             raise _summed_up(failed, len(missing))
         return len(missing)
@@ -432,8 +426,9 @@ class Work:
         wanted = {schema.LOSS: 0} | {schema.derivative(d): d for d in range(1, s.order + 1)}
         if s.diagonal is not None and s.diagonal > s.order:
             wanted[schema.diagonal(s.diagonal)] = 1
+        data = "" if s.max_batches == 0 else self.problem.fingerprint(s.max_batches)
         return {
-            "study": self.study(),
+            "study": {**self.study(), "data": data, "checkpoints": {str(x["step"]): x["sha256"] for x in steps}},
             "groups": {"label": list(p.labels), **p.coords()},
             "quantities": wanted,
             "steps": steps,
@@ -544,15 +539,15 @@ def _refuse_nonfinite(state: State) -> None:
 
 def _summed_up(failed: Mapping[str, Exception], tried: int) -> Exception:
     """The error of one checkpoint, or the first of several with the others' steps."""
-    first = next(iter(failed.values()))
-    if len(failed) == 1:
-        return first
-    steps = f"{len(failed)} of {tried} checkpoints failed, at steps {listed(failed)}"
+    step, first = next(iter(failed.items()))
+    several = f"{len(failed)} of {tried} checkpoints failed, at steps {listed(failed)}; the first: "
     if isinstance(first, HoError):
         return type(first)(
-            f"{steps}; the first: {first.what}", where=first.where, why=first.why, do=first.do, kept=first.kept
-        )
-    first.add_note(steps)
+            (several if len(failed) > 1 else "") + first.what,
+            where=f"step {step}" + (f", {first.where}" if first.where else ""),
+            why=first.why, do=first.do, kept=first.kept or "the units of the other checkpoints",
+        )  # fmt: skip
+    first.add_note(f"{several if len(failed) > 1 else ''}step {step}")
     return first
 
 

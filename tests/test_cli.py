@@ -23,7 +23,7 @@ def test_help_and_version() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "hoanalysis.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("init", "report", "summarize", "show"):
+    for command in ("init", "report", "summarize", "show", "unlock"):
         assert command in result.stdout
     assert call("--version").output.strip() == __version__
 

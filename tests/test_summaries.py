@@ -468,19 +468,91 @@ def test_a_checkpoint_that_fails_does_not_stop_the_others(study, tmp_path, monke
     def unit(self, checkpoint, *args, **kwargs):
         tried.append(checkpoint.step)
         if checkpoint.step < 20:
-            raise NumericsError("D2 overflowed", where=f"step {checkpoint.step}" if places else "")
+            raise NumericsError("D2 overflowed", where="batch 1")
         return real(self, checkpoint, *args, **kwargs)
 
     monkeypatch.setattr(summaries.Work, "unit", unit)
-    places = True
     with pytest.raises(NumericsError, match="2 of 3 checkpoints failed, at steps '0', '10'; the first: D2 overflowed"):
         ho.summarize_run(run, problem, order=2, store=tmp_path / "store", progress=False)
     assert tried == [0, 10, 20]
     partial = ho.open_dataset(tmp_path / "store")
     assert partial.coverage.values.tolist() == [0, 0, 1]
     assert partial.loss.isnull().values.tolist() == [True, True, False]
-    places = False  # the same words twice: the study is at fault
-    tried.clear()
-    with pytest.raises(NumericsError, match="2 of 3"):
-        ho.summarize_run(run, problem, order=2, store=tmp_path / "other", progress=False)
-    assert tried == [0, 10]
+
+
+def test_one_checkpoint_that_fails_is_named(study, tmp_path, monkeypatch) -> None:
+    spec = StudySpec.read(study)
+    real = summaries.Work.unit
+
+    def unit(self, checkpoint, *args, **kwargs):
+        if checkpoint.step == 10:
+            raise kind("boom")
+        return real(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(summaries.Work, "unit", unit)
+    for kind in (NumericsError, RuntimeError):
+        with pytest.raises(kind, match="boom") as caught:
+            ho.summarize_run(spec.run(), spec.problem(), order=2, store=tmp_path / kind.__name__, progress=False)
+        assert "step 10" in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def test_a_unit_computed_after_a_kill_has_the_same_bytes(study, tmp_path) -> None:
+    """The direction is a unit of its own: a kill between the two leaves it, and the next call reads it."""
+    spec = StudySpec.read(study)
+
+    def units(name: str) -> dict[str, bytes]:
+        ho.summarize_run(spec.run(), spec.problem(), order=2, store=tmp_path / name, progress=False)
+        return {p.name: p.read_bytes() for p in (tmp_path / name / "units").iterdir()}
+
+    quiet = units("quiet")
+    assert len(quiet) == 6
+    units("killed")
+    lost = [p for p in (tmp_path / "killed" / "units").iterdir() if b'"summary"' in p.read_bytes()[:2000]]
+    assert len(lost) == 3
+    for file in lost:
+        file.unlink()
+    assert units("killed") == quiet
+
+
+def test_checkpoints_of_the_same_content_share_a_unit(study, tmp_path, caplog) -> None:
+    (study.parent / "step_20.safetensors").write_bytes((study.parent / "step_0.safetensors").read_bytes())
+    spec = StudySpec.read(study)
+    ds = ho.summarize_run(spec.run(), spec.problem(), order=2, store=tmp_path / "store", progress=False)
+    assert len(list((tmp_path / "store" / "units").iterdir())) == 4  # two directions, two summaries
+    assert "second was dropped" not in caplog.text
+    np.testing.assert_array_equal(ds.D2.sel(step=20), ds.D2.sel(step=0))
+
+
+def test_S6_changed_data_and_checkpoints_are_shown(study, tmp_path) -> None:
+    from hoanalysis.store import Store
+
+    def register() -> list[str]:
+        spec = StudySpec.read(study)
+        work = summaries.Work(spec.problem(), summaries.Settings(order=2))
+        with Store.open(tmp_path / "store", mode="w") as store:
+            return store.register(work.name, work.plan(work.steps(spec.run()), series=True))
+
+    assert register() == []
+    (study.parent / "step_20.safetensors").write_bytes((study.parent / "step_0.safetensors").read_bytes())
+    (line,) = register()
+    assert line.startswith("study.checkpoints.20: '")
+    study.write_text(study.read_text().replace("max_samples = 32", "max_samples = 24"))
+    assert any(line.startswith("study.data: '") for line in register())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
+def test_the_order_in_which_checkpoints_are_computed_does_not_matter(study, tmp_path, order: tuple[int, ...]) -> None:
+    spec = StudySpec.read(study)
+    run = spec.run()
+
+    def filled(name: str, *parts) -> tuple[xr.Dataset, dict[str, bytes]]:
+        for part in parts:
+            problem = spec.problem()  # a new process: nothing cached
+            ds = ho.summarize_run(part, problem, order=2, store=tmp_path / name, progress=False)
+        ds.attrs.pop("created_at")
+        return ds, {p.name: p.read_bytes() for p in (tmp_path / name / "units").iterdir()}
+
+    quiet, units = filled("quiet", run)
+    mixed, others = filled("mixed", *(run[i : i + 1] for i in order), run)
+    xr.testing.assert_identical(mixed, quiet)
+    assert others == units

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from hoanalysis.checkpoints.load import Checkpoint
 from hoanalysis.checkpoints.unpack import OptimizerState
-from hoanalysis.errors import CheckpointError, listed
+from hoanalysis.errors import CheckpointError, NonFiniteWeights, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,7 +192,7 @@ def _check_finite(fitted: "Mapping[str, Tensor]", where: str) -> None:
     counts = {n: int((~t.isfinite()).sum()) for n, t in fitted.items() if t.is_floating_point() or t.is_complex()}
     bad = {n: c for n, c in counts.items() if c}
     if bad:
-        raise CheckpointError(
+        raise NonFiniteWeights(
             f"{len(bad)} tensors of the checkpoint hold NaN or infinite values",
             where=where,
             why=listed(f"{n}: {c} of {fitted[n].numel()}" for n, c in bad.items()),

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis.analysis.findings import findings
-from hoanalysis.errors import HoError, ReportError, StoreError, listed
+from hoanalysis.errors import HoError, NonFiniteWeights, ReportError, StoreError, listed
 from hoanalysis.reports.execute import (
     CELL_TIMEOUT,
     NOTEBOOK,
@@ -182,9 +182,10 @@ def _one(spec: StudySpec, prepared: Prepared, outcome: Outcome, timeout: float, 
     """One study, from its checkpoints to its page. What goes wrong is noted in ``outcome``; Ctrl-C is passed on."""
     try:
         datasets = compute(spec, outcome, progress, say)
-        if not outcome.present:
+        if outcome.folder / DATASET not in datasets or not outcome.present:
             raise outcome.error or ReportError("the study asks for no summary", where=shown(spec.path), why=_NOTHING)
-        outcome.dataset, ds = next(iter(datasets.items()))
+        outcome.dataset = outcome.folder / DATASET
+        ds = datasets[outcome.dataset]
         outcome.findings = findings(ds, spec.log())
         outcome.losses = np.atleast_1d(ds["loss"].values).tolist()
         say(f"{outcome.name}: executing {prepared.path.name}")
@@ -230,8 +231,9 @@ def _failure(prepared: Prepared, outcome: Outcome, failure: NotebookFailed) -> R
 def _unexpected(error: Exception) -> ReportError:
     """An error of the study's own code, say: what Python knows of it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    notes = "; ".join(getattr(error, "__notes__", ()))
     told = ReportError(
-        f"{type(error).__name__}: {error}",
+        f"{type(error).__name__}: {error}" + (f" ({notes})" if notes else ""),
         where=f"{shown(frame.filename)}, line {frame.lineno}, in {frame.name}",
         kept="finished units",
     )
@@ -249,8 +251,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
 
     run, problem, _ = spec.run(), spec.problem(), spec.log()  # a log that cannot be read is named now, not at the end
     works = [Work(problem, Settings(**options)) for options in spec.settings()]
-    for checkpoint in run:
-        works[0].state(checkpoint)  # one that does not fit the model is named before anything is written
+    _refuse_unfitting(run, works[0])
     make_folder(outcome.folder)
     exported: dict[Path, xr.Dataset] = {}
     with Store.open(outcome.folder / STORE, mode="w") as store:
@@ -264,11 +265,31 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
                 raise
             except Exception as error:
                 outcome.error = outcome.error or (error if isinstance(error, HoError) else _unexpected(error))
+            there = outcome.present
             ds = _assembled(plan, store, outcome)
-            name = DATASET if k == 0 else f"summaries-{work.name}.nc"
-            exported[export(ds, outcome.folder / name)] = ds
+            path = outcome.folder / (DATASET if k == 0 else f"summaries-{work.name}.nc")
+            if outcome.present > there or outcome.error is None:  # else the last good file stays
+                export(ds, path)
+                exported[path] = ds
     say(f"{outcome.name}: {_computed(outcome)}")
     return exported
+
+
+def _refuse_unfitting(run: Any, work: Any) -> None:
+    """Name a checkpoint that does not fit the model before anything is written.
+
+    One whose weights are not finite is a finding about the run, and a gap in its Dataset, unless all of them are.
+    """
+    finite, error = 0, None
+    for checkpoint in run:
+        try:
+            work.state(checkpoint)
+        except NonFiniteWeights as found:
+            error = error or found
+        else:
+            finite += 1
+    if error is not None and not finite:
+        raise error
 
 
 def _assembled(plan: Mapping[str, Any], store: Store, outcome: Outcome) -> xr.Dataset:

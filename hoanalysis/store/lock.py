@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import socket
 import weakref
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ def _busy(path: Path, holder: dict[str, Any]) -> StoreError:
         f"another writer holds this store: {_named(holder)}",
         where=shown(path.parent),
         why="a store has one writer at a time",
-        do="wait for it or stop it; reading needs no lock (mode='r', --read-only)",
+        do="wait for it or stop it; reading needs no lock: hoanalysis show, ho.open_store",
     )
 
 
@@ -166,7 +167,7 @@ def _left_elsewhere(path: Path, holder: dict[str, Any]) -> StoreError:
         f"this store was locked by {_named(holder)}, another host, and not given back",
         where=shown(path.parent),
         why="whether that process lives cannot be seen from here",
-        do=f"if it is dead, unlock the store: hoanalysis.store.unlock({shown(path.parent)!r}); reading needs no lock",
+        do=f"if it is dead: hoanalysis unlock {shlex.quote(shown(path.parent))}; reading needs no lock",
     )
 
 

@@ -27,14 +27,14 @@ SERIES, KILLS = 3, 2
 
 
 def state(out: Path) -> dict[str, object]:
-    """Everything under ``out`` but times: pages and notebooks byte by byte, Datasets as numbers, units by name."""
+    """Everything under ``out`` but times: pages, notebooks and units byte by byte, Datasets as numbers."""
     found: dict[str, object] = {}
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(file.relative_to(out))
         if file.suffix == ".nc":
             with xr.open_dataset(file, engine="h5netcdf") as ds:
                 found[name] = ds.load().drop_attrs().to_dict()
-        elif file.suffix in (".html", ".ipynb"):
+        elif file.suffix in (".html", ".ipynb", ".unit"):
             found[name] = file.read_bytes()
         else:
             found[name] = None

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import hoanalysis as ho
-from hoanalysis.errors import NumericsError, ReportError
+from hoanalysis.errors import CheckpointError, NumericsError, ReportError
 from tests.conftest import write_study
 from tests.reports.notebooks import notebook, references, text_of
 
@@ -136,6 +137,35 @@ def test_R7_the_index_says_how_many_units_there_are(tmp_path: Path, gap) -> None
     assert page.count('class="card failed"') == 2
     assert text_of(page).count("the page of the 2 of 3 units that are there") == 2
     assert "./one/index.html" in page
+
+
+def test_a_checkpoint_that_diverged_is_a_gap(study: Path, tmp_path: Path) -> None:
+    file = study.parent / "step_20.safetensors"
+    weights = load_file(file)
+    save_file({n: w * float("nan") for n, w in weights.items()}, file)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
+        ho.report(study, out, progress=False)
+    assert caught.value.where.startswith("step 20, ")
+    assert "This report is incomplete: 2 of 3 units are in the store." in text_of((out / "index.html").read_text())
+    assert ho.open_dataset(out / "summaries.nc").coverage.values.tolist() == [1, 1, 0]
+
+
+def test_where_nothing_can_be_computed_the_last_good_file_stays(study: Path, tmp_path: Path, monkeypatch) -> None:
+    from hoanalysis.summaries import Work
+
+    out, plain = tmp_path / "out", notebook(tmp_path / "n.ipynb", "print(1)")
+    ho.report(study, out, plain, progress=False)
+    good = (out / "summaries.nc").read_bytes()
+    study.write_text(study.read_text().replace("order = 2", "order = 1"))
+
+    def unit(self, *args, **kwargs):
+        raise NumericsError("D1 overflowed")
+
+    monkeypatch.setattr(Work, "unit", unit)
+    with pytest.raises(NumericsError, match="3 of 3 checkpoints failed, at steps '0', '10', '20'; the first: D1"):
+        ho.report(study, out, plain, progress=False)
+    assert (out / "summaries.nc").read_bytes() == good
 
 
 def test_a_study_without_a_unit_is_an_error(tmp_path: Path) -> None:
