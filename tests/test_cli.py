@@ -46,6 +46,15 @@ def test_summarize_and_show(study: Path, tmp_path: Path) -> None:
         assert "loss went from" in shown.output
 
 
+def test_summarize_into_a_file_is_a_sentence(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    result = call("summarize", study, "--out", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "is a file, not a folder" in result.output
+    assert "choose another --out" in result.output
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_show_of_a_store_with_several_studies(study: Path, tmp_path: Path) -> None:
     study.write_text(study.read_text() + 'directions = ["gradient", "weights"]\n')
     assert call("summarize", study, "--out", tmp_path / "out", "--quiet").exit_code == 0

@@ -39,7 +39,7 @@ def make_folder(folder: Path) -> None:
 
 
 def refuse_unusable(folder: Path, page: str) -> None:
-    """Raise `ReportError` where ``folder`` can be neither used nor made, or where ``page`` cannot be put into it."""
+    """Raise `ReportError` where ``folder`` can be neither used nor made, or where the file ``page`` cannot be put into it."""
     with reported("use the output folder", folder):
         existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir():
@@ -48,7 +48,7 @@ def refuse_unusable(folder: Path, page: str) -> None:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise _unusable("the output folder cannot be written", folder, f"{files.shown(existing)} is read-only")
         if (folder / page).is_dir():
-            raise _unusable(f"a folder is in the place of the page {page}", folder)
+            raise _unusable(f"a folder is in the place of the file {page}", folder)
 
 
 def _unusable(what: str, folder: Path, why: str = "") -> ReportError:

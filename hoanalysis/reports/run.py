@@ -252,6 +252,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
     run, problem, _ = spec.run(), spec.problem(), spec.log()  # a log that cannot be read is named now, not at the end
     works = [Work(problem, Settings(**options)) for options in spec.settings()]
     _refuse_unfitting(run, works[0])
+    refuse_unusable(outcome.folder, DATASET)
     make_folder(outcome.folder)
     exported: dict[Path, xr.Dataset] = {}
     with Store.open(outcome.folder / STORE, mode="w") as store:
