@@ -39,7 +39,7 @@ def make_folder(folder: Path) -> None:
 
 
 def refuse_unusable(folder: Path, page: str) -> None:
-    """Raise `ReportError` where ``folder`` can be neither used nor made, or where the file ``page`` cannot be put into it."""
+    """Raise `ReportError` where ``folder`` can be neither used nor made, or ``page`` not be put into it."""
     with reported("use the output folder", folder):
         existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir():

@@ -198,7 +198,7 @@ def test_R5_an_output_folder_that_cannot_be_used_is_told_before_computing(study:
         tmp_path / "link": "is a link to nothing, not a folder",
         tmp_path / "loop" / "x": "loop of symbolic links|a link to nothing",
         tmp_path / ("n" * 300): "the name is too long",
-        tmp_path / "taken": "a folder is in the place of the page index.html",
+        tmp_path / "taken": "a folder is in the place of the file index.html",
         Path("/proc/version/x"): "is a file, not a folder",
     }.items():
         before = sorted(tmp_path.rglob("*"))
