@@ -55,6 +55,19 @@ def test_summarize_into_a_file_is_a_sentence(study: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_damaged_unit_is_told_in_a_sentence(study: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "hoanalysis.cli", "summarize", str(study), "--out", str(tmp_path / "out"), "-q"]
+    subprocess.run(arguments, capture_output=True, check=True)
+    file = next(p for p in (tmp_path / "out" / "store" / "units").iterdir() if b'"summary"' in p.read_bytes()[:2000])
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    again = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert again.stderr.startswith("warning: ")
+    assert "StoreWarning" not in again.stderr
+    assert "computed 1 of 3" in again.stdout
+
+
 def test_show_of_a_store_with_several_studies(study: Path, tmp_path: Path) -> None:
     study.write_text(study.read_text() + 'directions = ["gradient", "weights"]\n')
     assert call("summarize", study, "--out", tmp_path / "out", "--quiet").exit_code == 0
