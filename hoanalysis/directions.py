@@ -31,6 +31,20 @@ from hoanalysis.partitions import describe_parameters
 from hoanalysis.problem import Problem, State, naming_batch
 
 NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
+UPHILL = ("gradient", "momentum", "adam")  # a training step is minus a learning rate times one of these
+
+#: Where the loss is measured along a direction unless told otherwise: multiples of a step, and minus learning rates.
+MULTIPLES = (-1.0, -0.5, -0.25, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def default_taus(name: str) -> tuple[float, ...]:
+    """The multiples of a direction at which the loss is worth measuring, ascending.
+
+    ``to:next`` arrives at 1 where training did; along a gradient -eta is a step of the learning rate eta.
+    """
+    return tuple(-r for r in reversed(RATES)) if name in UPHILL else MULTIPLES
+
 
 Recipe = str | Mapping[str, Tensor] | Callable[[Checkpoint | None, Run | None], Mapping[str, Tensor]]
 

@@ -3,7 +3,9 @@
 Dims are ``group``, ``group2``, ``group3``, ... (xarray does not support a repeated dim; the suffix convention is that
 of xarray-einstats), each with the same labels; ``step`` stands in front for a series of checkpoints. Variables are
 ``loss``, ``D1``, ``D2``, ... with ``D1_se``, ...; ``D3_diag`` with ``D3_diag_se`` where the diagonal alone was
-computed; ``D2_batch`` and ``weight`` where blocks of batches were kept.
+computed; ``D2_batch`` and ``weight`` where blocks of batches were kept. What was measured by forward passes is
+``change_along`` (tau), ``change_removed`` (group) and ``change_removed_pair`` (group, group2), with errors and blocks
+like every summary, and beside each the loss itself, ``loss_along`` = ``loss`` + ``change_along``, and so on.
 """
 
 import re
@@ -19,6 +21,14 @@ STEP = "step"
 BATCH = "batch"
 LOSS = "loss"
 WEIGHT = "weight"
+TAU = "tau"
+CHANGE_ALONG, CHANGE_REMOVED, CHANGE_REMOVED_PAIR = "change_along", "change_removed", "change_removed_pair"
+#: The measured change of the loss -> the dims that it has, and the variable of the loss itself.
+MEASURED: dict[str, tuple[tuple[str, ...], str]] = {
+    CHANGE_ALONG: ((TAU,), "loss_along"),
+    CHANGE_REMOVED: ((GROUP,), "loss_removed"),
+    CHANGE_REMOVED_PAIR: ((GROUP, "group2"), "loss_removed_pair"),
+}
 KINDS = ("weight", "bias", "norm", "embedding", "other")
 
 #: Coordinates on ``group``; those in the second row carry ``step`` as well in a series.
@@ -58,6 +68,11 @@ LONG_NAMES = {
     "n_batches": "number of batches",
     "loss_along": "loss at theta + tau u",
     "loss_removed": "loss with the group moved by its whole direction",
+    "loss_removed_pair": "loss with both groups moved by their whole direction",
+    "change_along": "change of the loss from theta to theta + tau u",
+    "change_removed": "change of the loss when the group moves by its whole direction",
+    "change_removed_pair": "change of the loss when both groups move by their whole direction",
+    "tau": "multiple of the direction",
     "coverage": "share of the units that are in the store",
 }
 
@@ -74,6 +89,15 @@ def group_dim(position: int) -> str:
 def group_dims(order: int) -> tuple[str, ...]:
     """The dims of D^(order)."""
     return tuple(group_dim(i) for i in range(order))
+
+
+def dims_of(variable: str, order: int) -> tuple[str, ...]:
+    """The dims of a quantity with ``order`` indices: groups, but for what is measured along the direction.
+
+    >>> dims_of("D2", 2), dims_of("change_along", 1), dims_of("loss", 0)
+    (('group', 'group2'), ('tau',), ())
+    """
+    return MEASURED[variable][0] if variable in MEASURED else group_dims(order)
 
 
 def derivative(order: int) -> str:

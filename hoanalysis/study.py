@@ -4,7 +4,7 @@
     [data]         factory, args, batch_size, max_samples
     [loss]         factory, args             a function loss(model(x), y), or a class of such
     [checkpoints]  folder, pattern, log      relative to the file's own folder; log has step, loss, learning_rate
-    [summaries]    order, diagonal, directions, partitions, dtype, memory, ...
+    [summaries]    order, diagonal, directions, partitions, dtype, memory, measure, taus, ...
     [report]       notebook, parameters
 
 Factories are taken from this file alone, never from a checkpoint. Reading a study imports no torch; building it does.
@@ -73,6 +73,8 @@ class SummariesTable(_Table):
     include_frozen: bool = False
     self_check: bool = True
     seed: int = 0
+    measure: list[Literal["along", "removed", "pairs"]] = []
+    taus: list[float] | None = Field(None, min_length=1)
 
 
 class ReportTable(_Table):

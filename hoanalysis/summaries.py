@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,8 +22,9 @@ from hoanalysis.checkpoints import Checkpoint, Run, load_checkpoint
 from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate
 from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
-from hoanalysis.directions import OF_GRADIENT, Direction, Recipe, digest, group_norms
+from hoanalysis.directions import OF_GRADIENT, Direction, Recipe, default_taus, digest, group_norms
 from hoanalysis.directions import resolve as resolve_direction
 from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NumericsError, StoreError, listed
 from hoanalysis.partitions import Partition
@@ -54,6 +55,8 @@ class Settings:
     include_frozen: bool = False
     self_check: bool = True
     seed: int = 0
+    measure: Sequence[str] = ()
+    taus: Sequence[float] | None = None
 
     @property
     def request(self) -> Request:
@@ -77,6 +80,8 @@ def summarize(
     include_frozen: bool = Settings.include_frozen,
     self_check: bool = Settings.self_check,
     seed: int = Settings.seed,
+    measure: Sequence[str] = Settings.measure,
+    taus: Sequence[float] | None = Settings.taus,
     progress: bool = True,
 ) -> xr.Dataset:
     """The summaries D^(1) .. D^(order) of the loss over the data, with standard errors.
@@ -124,6 +129,15 @@ def summarize(
         Compare with univariate nested differentiation on a few samples; the error is the coordinate ``self_check``.
     seed
         For the direction ``"random"``.
+    measure
+        What the summaries predict, measured by forward passes in the same pass over the data. ``"along"``:
+        ``change_along`` = L(theta + tau u) - L(theta) for each of ``taus``. ``"removed"``: ``change_removed`` =
+        L(theta + U^s) - L(theta), S passes. ``"pairs"``: ``change_removed_pair`` = L(theta + U^s + U^t) - L(theta),
+        S(S+1)/2 passes. Their errors are those of the change; ``loss_along``, ``loss_removed`` and
+        ``loss_removed_pair`` are the losses. Buffers stay those of the checkpoint. An overflow is inf or NaN.
+    taus
+        Multiples of u for ``"along"``. None: from 0.125 to 4, and -0.25 to -1; for gradient, momentum and adam, of
+        which a training step is -eta u, minus the learning rates from 1e-4 to 3.
     progress
         Show a progress bar.
 
@@ -139,7 +153,7 @@ def summarize(
     """
     settings = Settings(
         order, direction, partition, diagonal, engine, dtype, memory, max_batches, tolerance, keep_batches,
-        include_frozen, self_check, seed,
+        include_frozen, self_check, seed, measure, taus,
     )  # fmt: skip
     work = Work(problem, settings)
     loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
@@ -237,6 +251,7 @@ class Work:
         _refuse_huge(self.partition, settings)
         recipe = settings.direction
         self.direction_name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", "custom")
+        self.measure = _measure(self.settings, self.direction_name)
 
     @property
     def name(self) -> str:
@@ -327,7 +342,13 @@ class Work:
             "tolerance": s.tolerance,
             "keep_batches": s.keep_batches,
             "self_check": s.self_check,
+            **self._measure_key(),
         }
+
+    def _measure_key(self) -> dict[str, Any]:
+        """Nothing where nothing is measured, so that units of older versions keep their keys."""
+        m = self.measure
+        return ({"measure": list(m.what)} if m.what else {}) | ({"taus": list(m.taus)} if m.taus else {})
 
     def steps(self, run: Run) -> list[dict[str, Any]]:
         """Label, digest and unit keys of each checkpoint of a run."""
@@ -385,7 +406,7 @@ class Work:
         error = self._self_check(engine.task, engine, identity) if s.self_check else float("nan")
         return error, accumulate(
             engine, max_batches=s.max_batches, tolerance=s.tolerance, keep_batches=s.keep_batches,
-            progress=lambda it: _bar(it, progress, "batches"),
+            measure=self.measure, progress=lambda it: _bar(it, progress, "batches"),
         )  # fmt: skip
 
     def _self_check(self, task: engines.Task, engine: engines.Engine, identity: tuple) -> float:
@@ -426,11 +447,14 @@ class Work:
         wanted = {schema.LOSS: 0} | {schema.derivative(d): d for d in range(1, s.order + 1)}
         if s.diagonal is not None and s.diagonal > s.order:
             wanted[schema.diagonal(s.diagonal)] = 1
+        for what in self.measure.what:
+            wanted[MEASURES[what]] = len(schema.MEASURED[MEASURES[what]][0])
         data = "" if s.max_batches == 0 else self.problem.fingerprint(s.max_batches)
         return {
             "study": {**self.study(), "data": data, "checkpoints": {str(x["step"]): x["sha256"] for x in steps}},
             "groups": {"label": list(p.labels), **p.coords()},
             "quantities": wanted,
+            **({"taus": list(self.measure.taus)} if self.measure.taus else {}),
             "steps": steps,
             "series": series,
             "reduction": self.problem.reduction,
@@ -451,6 +475,7 @@ class Work:
             "keep_batches": s.keep_batches,
             "engine": s.engine,
             "seed": s.seed,
+            **self._measure_key(),
             **{k: v for k, v in self.problem.description().items() if k != "model_repr"},
         }
 
@@ -482,6 +507,7 @@ class Work:
 
 
 def _checked(s: Settings) -> Settings:
+    s = replace(s, measure=(s.measure,) if isinstance(s.measure, str) else tuple(s.measure))
     for name, value in (("order", s.order), ("diagonal", s.diagonal)):
         if name == "diagonal" and value is None:
             continue
@@ -494,6 +520,25 @@ def _checked(s: Settings) -> Settings:
     if s.tolerance is not None and not s.tolerance > 0:
         raise ArgumentError(f"tolerance is a relative standard error above 0, not {s.tolerance}")
     return s
+
+
+def _measure(s: Settings, direction: str) -> Measure:
+    """What is to be measured, in the order of `MEASURES`, and where."""
+    if unknown := [w for w in s.measure if w not in MEASURES]:
+        raise ArgumentError(f"measure does not know {listed(unknown)}", do=f"use {listed(MEASURES)}")
+    what = tuple(w for w in MEASURES if w in s.measure)
+    if "along" not in what:
+        if s.taus is not None:
+            raise ArgumentError("taus say where the loss is measured along u", do="add measure=('along',)")
+        return Measure(what)
+    given = default_taus(direction) if s.taus is None else s.taus
+    try:
+        taus = tuple(sorted({float(t) for t in given}))
+    except (TypeError, ValueError):
+        raise ArgumentError(f"taus are numbers, the multiples of u, not {given!r}") from None
+    if not taus or not np.isfinite(taus).all():
+        raise ArgumentError(f"taus are finite numbers, and at least one, not {given!r}")
+    return Measure(what, taus)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -522,6 +567,8 @@ def _bytes(memory: str | int) -> int:
 
 def _refuse_huge(p: Partition, s: Settings) -> None:
     entries = len(p) ** s.order
+    if "pairs" in s.measure and len(p) ** 2 > MAX_ENTRIES:
+        raise ArgumentError(f"there are {len(p) ** 2:.3g} pairs of groups", do="use a coarser partition")
     if entries > MAX_ENTRIES:
         raise ArgumentError(
             f"D{s.order} of {len(p)} groups has {entries:.3g} entries, {entries * 8 / 2**30:.3g} GiB",

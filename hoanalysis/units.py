@@ -56,10 +56,11 @@ class Accumulator:
         self.weight += weight
         self.weight_sq += weight**2
         for k, v in values.items():
-            away = v - self.center[k]
-            self.sums[k] += weight * v
-            self.dev1[k] += weight**2 * away
-            self.dev2[k] += weight**2 * away**2
+            with np.errstate(invalid="ignore", over="ignore"):  # a measured loss may be infinite
+                away = v - self.center[k]
+                self.sums[k] += weight * v
+                self.dev1[k] += weight**2 * away
+                self.dev2[k] += weight**2 * away**2
         if self.keep_batches:
             self._add_to_block(values, weight)
 
@@ -71,7 +72,8 @@ class Accumulator:
         if self._in_block == 0:
             self._blocks.append((0.0, {k: np.zeros_like(v, dtype=np.float64) for k, v in values.items()}))
         w, sums = self._blocks[-1]
-        self._blocks[-1] = (w + weight, {k: s + weight * values[k] for k, s in sums.items()})
+        with np.errstate(invalid="ignore"):
+            self._blocks[-1] = (w + weight, {k: s + weight * values[k] for k, s in sums.items()})
         self._in_block = (self._in_block + 1) % self._block_length
 
     def relative_error(self, name: str, share: float = 0.1) -> float:
@@ -97,7 +99,7 @@ class Accumulator:
             "weight_sq_sum": ((), self.weight_sq),
         }
         for k, total in self.sums.items():
-            dims = schema.group_dims(total.ndim)
+            dims = schema.dims_of(k, total.ndim)
             data[f"{k}_sum"] = (dims, total)
             data[f"{k}_center"] = (dims, self.center[k])
             data[f"{k}_dev1"] = (dims, self.dev1[k])
@@ -106,7 +108,7 @@ class Accumulator:
             data[schema.WEIGHT] = (schema.BATCH, np.array([w for w, _ in self._blocks]))
             for k in self.sums:
                 stack = np.stack([sums[k] for _, sums in self._blocks])
-                data[schema.blocks_of(k)] = ((schema.BATCH, *schema.group_dims(stack.ndim - 1)), stack)
+                data[schema.blocks_of(k)] = ((schema.BATCH, *schema.dims_of(k, stack.ndim - 1)), stack)
         data |= {k: (schema.GROUP, np.asarray(v, dtype=np.float64)) for k, v in coords.items()}
         return xr.Dataset(data, attrs={"unit": json.dumps(dict(scalars), sort_keys=True)})
 
@@ -114,17 +116,18 @@ class Accumulator:
 def _joined(blocks: Sequence[tuple[float, dict[str, Array]]]) -> tuple[float, dict[str, Array]]:
     weight = sum(w for w, _ in blocks)
     first, *rest = [sums for _, sums in blocks]
-    return weight, {k: sum((r[k] for r in rest), v.copy()) for k, v in first.items()}
+    with np.errstate(invalid="ignore"):
+        return weight, {k: sum((r[k] for r in rest), v.copy()) for k, v in first.items()}
 
 
 def _mean_and_error(
     total: Array, center: Array, dev1: Array, dev2: Array, totals: tuple[int, float, float], reduction: str
 ) -> tuple[Array, Array]:
     n, w, w_sq = totals
-    mean = total / w
-    shift = mean - center
-    spread = dev2 - 2 * shift * dev1 + shift**2 * w_sq
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        mean = total / w
+        shift = mean - center
+        spread = dev2 - 2 * shift * dev1 + shift**2 * w_sq
         se = np.sqrt(np.divide(n, n - 1) * np.maximum(spread, 0)) / w if n > 1 else np.full_like(mean, np.nan)
     scale = w if reduction == "sum" else 1.0
     return mean * scale, se * scale
@@ -145,12 +148,14 @@ def add_shards(shards: Sequence[xr.Dataset]) -> xr.Dataset:
         return first
     out = first.copy(deep=True)
     for shard in rest:
+        w_sq = shard["weight_sq_sum"]
         for k in quantities(first):
-            shift = out[f"{k}_center"] - shard[f"{k}_center"]
-            w_sq = shard["weight_sq_sum"]
-            out[f"{k}_dev2"] = out[f"{k}_dev2"] + shard[f"{k}_dev2"] - 2 * shift * shard[f"{k}_dev1"] + shift**2 * w_sq
-            out[f"{k}_dev1"] = out[f"{k}_dev1"] + shard[f"{k}_dev1"] - shift * w_sq
-            out[f"{k}_sum"] = out[f"{k}_sum"] + shard[f"{k}_sum"]
+            with np.errstate(invalid="ignore", over="ignore"):
+                shift = out[f"{k}_center"] - shard[f"{k}_center"]
+                moved = shard[f"{k}_dev2"] - 2 * shift * shard[f"{k}_dev1"] + shift**2 * w_sq
+                out[f"{k}_dev2"] = out[f"{k}_dev2"] + moved
+                out[f"{k}_dev1"] = out[f"{k}_dev1"] + shard[f"{k}_dev1"] - shift * w_sq
+                out[f"{k}_sum"] = out[f"{k}_sum"] + shard[f"{k}_sum"]
         for name in ("n_batches", "n_samples", "weight_sum", "weight_sq_sum"):
             out[name] = out[name] + shard[name]
     kept = [str(v) for v in first.data_vars if schema.BATCH in first[v].dims]
@@ -189,17 +194,20 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     Parameters
     ----------
     plan
-        ``groups`` (labels and coordinates), ``quantities`` (name -> order of its tensor), ``steps`` (label, sha256,
-        the keys of its shards), ``series`` (whether ``step`` is a dim), ``reduction`` and ``attrs``.
+        ``groups`` (labels and coordinates), ``quantities`` (name -> order of its tensor), ``taus`` where the loss is
+        measured along the direction, ``steps`` (label, sha256, the keys of its shards), ``series`` (whether ``step`` is
+        a dim), ``reduction`` and ``attrs``.
     read
         Key -> unit, or None where it is not there.
     """
     facts: list[dict[str, Any]] = []
     rows = [_row(plan, step, read, facts) for step in plan["steps"]]
-    row = _stacked(rows) if plan["series"] else rows[0]
+    row = _with_losses(_stacked(rows) if plan["series"] else rows[0])
     samples, read_units = row.pop("n_samples")[1], row.pop("units_read")[1]
     wanted = sum(len(step["units"]) for step in plan["steps"])
     coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
+    if plan.get("taus"):
+        coords[schema.TAU] = ((schema.TAU,), np.array(plan["taus"], dtype=np.float64))
     if plan["series"]:
         coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
     coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP)}
@@ -226,6 +234,7 @@ def _row(
     own = [json.loads(unit.attrs["unit"]) for unit in shards]
     all_facts += own
     s = len(plan["groups"]["label"])
+    sizes = {schema.TAU: len(plan.get("taus", ()))}
     row: Row = {}
     if shards:
         unit = add_shards(shards)
@@ -234,7 +243,8 @@ def _row(
         n_batches, n_samples = int(unit.variables["n_batches"]), int(unit.variables["n_samples"])
     else:
         for k, order in plan["quantities"].items():
-            row |= dict.fromkeys((k, schema.error_of(k)), (schema.group_dims(order), np.full((s,) * order, np.nan)))
+            dims = schema.dims_of(k, order)
+            row |= dict.fromkeys((k, schema.error_of(k)), (dims, np.full([sizes.get(d, s) for d in dims], np.nan)))
         row |= dict.fromkeys(schema.GROUP_COORDS_BY_STEP, ((schema.GROUP,), np.full(s, np.nan)))
         n_batches = n_samples = 0
     checks = [f.get("self_check", np.nan) for f in own]
@@ -263,6 +273,16 @@ def _stacked(rows: Sequence[Row]) -> Row:
         if zeros is not None:
             parts = [np.concatenate([p, np.zeros((blocks - len(p), *p.shape[1:]))]) for p in parts]
         out[name] = ((schema.STEP, *dims), np.stack(parts))
+    return out
+
+
+def _with_losses(row: Row) -> Row:
+    """The losses themselves beside the changes of the loss that were measured."""
+    out = dict(row)
+    for change, (dims, loss) in schema.MEASURED.items():
+        if change in row:
+            here = row[schema.LOSS][1]
+            out[loss] = (row[change][0], here.reshape(*here.shape, *[1] * len(dims)) + row[change][1])
     return out
 
 
@@ -298,6 +318,6 @@ def _described_name(name: str) -> str:
 
 
 def _unit(name: str) -> str:
-    if name.startswith("loss") or (name.startswith("D") and name[1:2].isdigit()):
+    if name.startswith(("loss", "change_")) or (name.startswith("D") and name[1:2].isdigit()):
         return "loss"
     return "1"

@@ -11,6 +11,7 @@ from hoanalysis import schema
 from hoanalysis.derivatives import heap
 from hoanalysis.derivatives.common import BatchDerivatives
 from hoanalysis.derivatives.engines import Engine, check_finite
+from hoanalysis.derivatives.measured import NOTHING, Measure, measured
 from hoanalysis.errors import DataError
 from hoanalysis.problem import count_rows, naming_batch, tensors_of
 from hoanalysis.units import Accumulator
@@ -24,6 +25,7 @@ def accumulate(
     max_batches: int | None = None,
     tolerance: float | None = None,
     keep_batches: int = 0,
+    measure: Measure = NOTHING,
     progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Accumulator:
     """The sums over the batches of the engine's problem.
@@ -36,7 +38,7 @@ def accumulate(
         Where an input is not finite.
     """
     with heap.reused():
-        return _accumulate(engine, max_batches, tolerance, Accumulator(keep_batches), progress)
+        return _accumulate(engine, max_batches, tolerance, Accumulator(keep_batches), measure, progress)
 
 
 def _accumulate(
@@ -44,6 +46,7 @@ def _accumulate(
     max_batches: int | None,
     tolerance: float | None,
     sums: Accumulator,
+    measure: Measure,
     progress: Callable[[Iterator[Any]], Iterator[Any]],
 ) -> Accumulator:
     task = engine.task
@@ -56,21 +59,27 @@ def _accumulate(
         if not np.isfinite(result.loss):
             _refuse_nonfinite_inputs(batch, index)
         check_finite(result, f"batch {index}")
-        sums.add(_means(result, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
+        values = _values(result) | measured(engine, measure, batch)
+        sums.add(_means(values, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
         if tolerance is not None and sums.n_batches >= MIN_BATCHES and _settled(sums, tolerance):
             break
     return sums
 
 
-def _means(result: BatchDerivatives, divisor: float) -> dict[str, np.ndarray]:
+def _values(result: BatchDerivatives) -> dict[str, np.ndarray]:
     values = {schema.LOSS: np.asarray(result.loss)}
     values |= {schema.derivative(d): t.numpy() for d, t in result.tensors.items()}
     values |= {schema.diagonal(d): t.numpy() for d, t in result.diagonals.items() if d not in result.tensors}
+    return values
+
+
+def _means(values: dict[str, np.ndarray], divisor: float) -> dict[str, np.ndarray]:
     return {k: v / divisor for k, v in values.items()} if divisor != 1 else values
 
 
 def _settled(sums: Accumulator, tolerance: float) -> bool:
-    return all(sums.relative_error(k) <= tolerance for k in sums.sums if k != schema.LOSS)
+    derived = [k for k in sums.sums if k != schema.LOSS and k not in schema.MEASURED]
+    return all(sums.relative_error(k) <= tolerance for k in derived)
 
 
 def _refuse_nonfinite_inputs(batch: Any, index: int) -> None:

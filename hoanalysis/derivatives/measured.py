@@ -1,0 +1,107 @@
+"""The loss measured where the summaries predict it: along the direction, and with whole groups moved by their U^s.
+
+    change_along[tau]          L(theta + tau u) - L(theta)
+    change_removed[s]          L(theta + U^s) - L(theta)              u = weights: group s is really removed
+    change_removed_pair[s,t]   L(theta + U^s + U^t) - L(theta)        on the diagonal: s alone
+
+Forward passes, without gradients. The change is taken batch by batch, so that its standard error is that of paired
+differences, which is far smaller than that of either loss. A loss that overflows is kept as inf or NaN: that is what
+was measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoanalysis import schema
+from hoanalysis.derivatives.engines import Engine, Task, even
+from hoanalysis.problem import Batch, count_rows
+
+#: What can be measured, and the name of the quantity that holds it.
+MEASURES = {
+    "along": schema.CHANGE_ALONG,
+    "removed": schema.CHANGE_REMOVED,
+    "pairs": schema.CHANGE_REMOVED_PAIR,
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Which losses to measure; ``taus`` are the multiples of u for ``along``."""
+
+    what: tuple[str, ...] = ()
+    taus: tuple[float, ...] = ()
+
+
+NOTHING = Measure()
+
+
+def measured(engine: Engine, measure: Measure, batch: Batch) -> dict[str, np.ndarray]:
+    """The changes of the loss of one batch (already cast): quantity -> (tau,), (S,) or (S, S).
+
+    A batch is cut into the chunks that the engine would take, and into none where the loss couples its samples.
+    """
+    if not measure.what:
+        return {}
+    problem, rows = engine.task.problem, count_rows(batch)
+    step = even(rows, min(engine.rows or rows, engine.affordable(batch)))
+    if step == rows:
+        return _changes(engine.task, measure, batch)
+    whole, total = problem.size(batch), None
+    for i in range(0, rows, step):
+        part = problem.take_rows(batch, i, min(i + step, rows))
+        share = 1.0 if problem.reduction == "sum" else problem.size(part) / whole
+        changes = {k: share * v for k, v in _changes(engine.task, measure, part).items()}
+        total = changes if total is None else {k: v + changes[k] for k, v in total.items()}
+    assert total is not None
+    return total
+
+
+def _changes(task: Task, measure: Measure, batch: Batch) -> dict[str, np.ndarray]:
+    groups = range(len(task.partition))
+    here = _loss(task, task.state.parameters, batch)
+    out: dict[str, np.ndarray] = {}
+    if "along" in measure.what:
+        losses = [_loss(task, _along(task, tau), batch) for tau in measure.taus]
+        out[schema.CHANGE_ALONG] = np.array(losses) - here
+    if {"removed", "pairs"} & set(measure.what):
+        alone = np.array([_loss(task, _moved(task, (s,)), batch) for s in groups]) - here
+    if "removed" in measure.what:
+        out[schema.CHANGE_REMOVED] = alone
+    if "pairs" in measure.what:
+        pairs = np.diag(alone)
+        for s, t in itertools.combinations(groups, 2):
+            pairs[s, t] = pairs[t, s] = _loss(task, _moved(task, (s, t)), batch) - here
+        out[schema.CHANGE_REMOVED_PAIR] = pairs
+    return out
+
+
+def _along(task: Task, tau: float) -> dict[str, Tensor]:
+    return {n: p + tau * task.direction[n] for n, p in task.state.parameters.items()}
+
+
+def _moved(task: Task, groups: Sequence[int]) -> dict[str, Tensor]:
+    """theta + the sum of U^s over ``groups``; what is not in them is theta itself, to the last bit."""
+    moved = dict(task.state.parameters)
+    for n, p in task.state.parameters.items():
+        inside = np.isin(task.partition.assignment[n], groups)
+        if inside.all():
+            moved[n] = p + task.direction[n]
+        elif inside.any():
+            moved[n] = torch.where(torch.as_tensor(inside, device=p.device), p + task.direction[n], p)
+    return moved
+
+
+def _loss(task: Task, parameters: Mapping[str, Tensor], batch: Batch) -> float:
+    """The loss of one batch; NaN where a decomposition in the model does not exist at these parameters."""
+    try:
+        with torch.no_grad():
+            return float(task.problem.batch_value(parameters, task.state, batch).detach())
+    except torch.linalg.LinAlgError:
+        return float("nan")
