@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from hoanalysis.analysis import compare as _compare
 from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
 from hoanalysis.analysis import laplace as _laplace
@@ -84,6 +85,14 @@ class HoAccessor:
     def laplace(self, prior_precision: float = 1.0, n_samples: float | None = None) -> xr.Dataset:
         """Sigma = (N D2 + Lambda)^-1 along u = weights; see `analysis.laplace.laplace`."""
         return _laplace.laplace(self._ds, prior_precision, n_samples)
+
+    def compare(self, other: xr.Dataset, step: Any = None, *, paired: bool | None = None) -> xr.Dataset:
+        """What changes from this Dataset to ``other``, groups matched by label; see `analysis.compare.compare`."""
+        return _compare.compare(self._ds, other, step, paired=paired)
+
+    def differences(self, other: xr.Dataset, step: Any = None, top: int | None = None) -> pd.DataFrame:
+        """The rows of `compare`, the most significant first; see `analysis.compare.differences`."""
+        return _compare.differences(_compare.compare(self._ds, other, step), top)
 
     def null_groups(self) -> xr.DataArray:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""

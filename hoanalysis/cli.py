@@ -1,4 +1,4 @@
-"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``, ``unlock``."""
+"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``, ``diff``, ``unlock``."""
 
 from __future__ import annotations
 
@@ -161,6 +161,24 @@ def show(
         typer.echo(str(ds))
         for line in findings(ds):
             typer.echo(f"- {line}")
+
+
+@app.command("diff")
+@_command
+def diff(
+    a: Annotated[Path, typer.Argument(help="a netCDF file or a store")],
+    b: Annotated[Path, typer.Argument(help="another one, or the same with --step A:B")],
+    step: Annotated[
+        str | None, typer.Option(help="a step of both, 'first' or 'last', or A:B; else every step that both have")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="the study, where a store holds several")] = None,
+    top: Annotated[int, typer.Option(min=0, help="rows of each quantity on the terminal")] = 5,
+    out: Annotated[Path | None, typer.Option(help="write all differences: .nc (labelled) or .csv (rows)")] = None,
+) -> None:
+    """What changes from A to B: groups matched by label, differences with their standard errors."""
+    from hoanalysis.diff import diff as write_differences
+
+    write_differences(a, b, step, name=name, top=top, out=out, say=typer.echo)
 
 
 @app.command("unlock")

@@ -23,7 +23,7 @@ def test_help_and_version() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "hoanalysis.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("init", "report", "summarize", "show", "unlock"):
+    for command in ("init", "report", "summarize", "show", "diff", "unlock"):
         assert command in result.stdout
     assert call("--version").output.strip() == __version__
 
@@ -84,6 +84,115 @@ def test_show_of_a_store_with_several_studies(study: Path, tmp_path: Path) -> No
     assert wrong.exit_code == 1
     assert "weights-canonical" in wrong.output
     assert call("show", tmp_path / "out" / "summaries.nc", "--name", "weights").exit_code == 1
+
+
+def stored(path: Path, seed: int, **kwargs) -> Path:
+    from hoanalysis.analysis.example import example
+    from hoanalysis.store import export
+
+    return export(example(seed, **kwargs), path)
+
+
+def test_diff_tells_and_writes_the_differences(tmp_path: Path) -> None:
+    import pandas as pd
+    import xarray as xr
+
+    from hoanalysis.analysis.compare import compare, differences
+    from hoanalysis.store import open_dataset
+
+    a, b = stored(tmp_path / "a.nc", 1, steps=3), stored(tmp_path / "b.nc", 2, steps=3, layers=3)
+    expected = compare(open_dataset(a), open_dataset(b), step=(0, "last"))
+    result = call("diff", a, b, "--step", "0:last", "--out", tmp_path / "d.csv", "--top", 2)
+    assert result.exit_code == 0, result.output
+    assert "only b has 'layer2.weight', 'layer2.bias'" in result.output
+    assert "errors: independent" in result.output
+    first = differences(expected)[lambda f: f["quantity"] == "D2"].iloc[0]
+    table = next(
+        part for part in result.output.split("\n\n") if "\n" in part and part.splitlines()[1].split()[0] == "D2"
+    )
+    assert table.splitlines()[1].split()[:3] == ["D2", first.group, first.group2]
+    assert float(table.splitlines()[1].split()[-1]) == pytest.approx(first.significance, rel=1e-3)
+    assert len(table.splitlines()) == 3
+    written = pd.read_csv(tmp_path / "d.csv", keep_default_na=False, na_values={"significance": [""], "se": [""]})
+    pd.testing.assert_frame_equal(written, differences(expected), check_exact=False, rtol=1e-12)
+    result = call("diff", a, b, "--out", tmp_path / "d.nc", "--top", 0)
+    assert result.output.splitlines()[-1] == f"wrote {tmp_path / 'd.nc'}"
+    with xr.open_dataset(tmp_path / "d.nc", engine="h5netcdf") as again:
+        xr.testing.assert_allclose(again.load(), compare(open_dataset(a), open_dataset(b)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nc", "b.nc", "d.csv", "d.nc"]
+
+
+def test_diff_of_the_studies_of_two_stores(study: Path, tmp_path: Path) -> None:
+    study.write_text(study.read_text() + 'directions = ["gradient", "weights"]\n')
+    assert call("summarize", study, "--out", tmp_path / "out", "--quiet").exit_code == 0
+    store = tmp_path / "out" / "store"
+    same = call("diff", store, store, "--name", "weights-canonical", "--step", "0:20")
+    assert same.exit_code == 0, same.output
+    assert "errors: paired by block" in same.output
+    unnamed = call("diff", store, store)
+    assert unnamed.exit_code == 1
+    assert "'gradient-canonical', 'weights-canonical'" in unnamed.output
+    crossed = call("diff", store, tmp_path / "out" / "summaries.nc", "--name", "weights-canonical")
+    assert crossed.exit_code == 1
+    assert "along different directions: 'weights' and 'gradient'" in crossed.output
+
+
+def test_labels_cannot_command_the_terminal(tmp_path: Path) -> None:
+    from hoanalysis.analysis.example import example
+    from hoanalysis.store import export
+
+    strange = ["\x1b[31mred", "a\nb", "<b>\u202e", "\u6f22"]
+    paths = []
+    for seed in (1, 2):
+        ds = example(seed).assign_coords(dict.fromkeys(("group", "group2", "group3"), strange))
+        paths.append(export(ds, tmp_path / f"{seed}.nc"))
+    result = call("diff", *paths, "--top", 20)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert "\u202e" not in result.output
+    assert "\u25a1[31mred" in result.output
+    assert "a\u25a1b" in result.output
+    assert "\u6f22" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["a.nc", "c.nc"], ["there is no Dataset here", "c.nc", "a.nc"]),
+        (["a.nc", "text.nc"], ["text.nc", "not a netCDF file"]),
+        (["a.nc", "one.nc"], ["a holds 2 checkpoints", "give step="]),
+        (["a.nc", "one.nc", "--step", "7"], ["a has no checkpoint at step 7", "'0', '10'"]),
+        (["a.nc", "one.nc", "--step", "x"], ["--step 'x'", "whole number"]),
+        (["a.nc", "one.nc", "--step", "0:1:2"], ["names 3 steps"]),
+        (["a.nc", "weights.nc"], ["different directions: 'gradient' and 'weights'"]),
+        (["a.nc", "layers.nc"], ["no group has the same label", "merge"]),
+        (["a.nc", "a.nc", "--name", "x"], ["neither is a store"]),
+        (["a.nc", "a.nc", "--out", "d.txt"], ["'.txt' says no format", ".csv"]),
+        (["a.nc", "a.nc", "--out", "gone/d.csv"], ["folder of --out is not there"]),
+        (["a.nc", "a.nc", "--out", "a.nc"], ["one of the two that are compared", "nothing was written"]),
+        (["a.nc", "a.nc", "--out", "folder.csv"], ["--out is a folder"]),
+    ],
+)
+def test_diff_explains_what_it_cannot_do(tmp_path: Path, monkeypatch, options: list[str], words: list[str]) -> None:
+    from hoanalysis.analysis.example import example
+    from hoanalysis.analysis.merge import merge
+    from hoanalysis.store import export
+
+    monkeypatch.chdir(tmp_path)
+    before = stored(tmp_path / "a.nc", 1, steps=2).read_bytes()
+    stored(tmp_path / "one.nc", 1)
+    export(example(1, steps=2).assign_attrs(direction="weights"), tmp_path / "weights.nc")
+    export(merge(example(1, steps=2), "layer"), tmp_path / "layers.nc")
+    (tmp_path / "text.nc").write_text("hello")
+    (tmp_path / "folder.csv").mkdir()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    result = call("diff", *options)
+    assert result.exit_code == 1, result.output
+    for word in words:
+        assert word in result.output, result.output
+    assert "Traceback" not in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert (tmp_path / "a.nc").read_bytes() == before
 
 
 def test_a_second_writer_is_told_how_to_go_on(study: Path, tmp_path: Path) -> None:
