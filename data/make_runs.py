@@ -1,4 +1,7 @@
-"""Train the shipped runs: ``python data/make_runs.py lenet5-mnist`` (or ``gpt-docs``, or ``all``).
+"""Train the shipped runs: ``python data/make_runs.py lenet5-mnist`` (or ``gpt-docs``, ``lenet5-mnist-diverged``, ``all``).
+
+``python data/make_runs.py practice --out FOLDER`` trains ten runs to practise on, five with one planted fault each and
+five healthy ones, which are not shipped: each is a folder of 55 checkpoints with a log and a study (14 MB a run).
 
 A run is a folder beside this file: checkpoints ``step_00000.safetensors`` (the initial weights), ... named by optimizer
 step, the training log ``log.csv``, and ``study.toml``, which says how to analyse it. Everything is seeded and
@@ -11,6 +14,7 @@ import argparse
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -168,18 +172,177 @@ def gpt_docs(folder: Path) -> None:
     write_log(folder, rows)
 
 
+def lenet5_mnist_diverged(folder: Path) -> None:
+    """A half-width tanh LeNet-5 whose learning rate is raised tenfold at step 120, where it should have been lowered.
+
+    Sixteen consecutive single-step checkpoints across the break, 114 to 129, beside one every 40 steps. Half the width
+    (15,738 parameters, 64 kB) keeps 21 checkpoints as small as five of the whole network.
+    """
+    rate, breaks_at, last = 0.05, 120, 200
+    kept = {*range(0, last + 1, 40), *range(breaks_at - 6, breaks_at + 10)}
+    torch.manual_seed(0)
+    model = models.LeNet5(activation="tanh", width=0.5)
+    train, test = data.mnist5k("train", batch_size=100), data.mnist5k("test", batch_size=500)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    rows, step = [], 0
+
+    def record() -> None:
+        (loss, _), (test_loss, accuracy) = (evaluate(model, batches, F.cross_entropy) for batches in (train, test))
+        rows.append(
+            {
+                "step": step,
+                "epoch": f"{step / len(train):.3f}",
+                "loss": f"{loss:.6g}",
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "test_loss": f"{test_loss:.6g}",
+                "test_accuracy": f"{accuracy:.4f}",
+            }
+        )
+        print(rows[-1], flush=True)
+        save(folder, step, model, {})
+
+    record()
+    for epoch in range(last // len(train)):
+        for x, y in shuffled(train, seed=epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            step += 1
+            if step == breaks_at:
+                optimizer.param_groups[0]["lr"] = 10 * rate
+            if step in kept:
+                record()
+    write_log(folder, rows)
+
+
+# ---- runs to practise on: not shipped, trained where they are wanted --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a run from the start of ``epoch`` on.
+
+    ``kind``: "rate", the learning rate of ``tensor`` times ``factor``; "labels", the training labels shuffled;
+    "momentum", the coefficient is ``factor``; "decay", the weight decay times ``factor``; "" for nothing.
+    """
+
+    kind: str = ""
+    factor: float = 1.0
+    tensor: str = ""
+    epoch: int = 2
+
+
+HEALTHY = Fault()
+FAULTS: dict[str, Fault] = {
+    "rate-x30": Fault("rate", 30.0, "conv2.weight"),
+    "rate-x0": Fault("rate", 0.0, "fc1.weight"),
+    "labels": Fault("labels"),
+    "momentum": Fault("momentum", 1.05),
+    "decay-x100": Fault("decay", 100.0),
+}
+SEEDS = range(5)
+EPOCH, EPOCHS, BURST = 40, 6, 8  # steps in an epoch, epochs, single steps kept at the start of each epoch
+
+STUDY = """# {title}; consecutive single steps at the start of every epoch, named by optimizer step.
+
+[model]
+factory = "hoanalysis.models:LeNet5"
+args = {{ activation = "{activation}" }}
+
+[data]
+factory = "hoanalysis.data:mnist5k"
+args = {{ split = "train" }}
+batch_size = 32
+max_samples = 512
+
+[checkpoints]
+log = "log.csv"
+
+[summaries]
+order = 3
+directions = ["gradient", "to:next", "weights"]
+keep_batches = 16
+"""
+
+
+def practice(folder: Path, fault: Fault = HEALTHY, seed: int = 0, activation: str = "tanh", rate: float = 0.05) -> None:
+    """A LeNet-5 on 4,000 MNIST images by SGD (momentum 0.9, weight decay 5e-4) with one fault, six epochs of 40 steps.
+
+    Kept are the first nine checkpoints of each epoch, which are eight consecutive single steps, and the last. A run
+    whose weights overflow ends there. The log's losses are over the first 1,000 training images.
+    """
+    torch.manual_seed(seed)
+    model = models.LeNet5(activation=activation)
+    train = data.mnist5k("train", batch_size=100)
+    order = torch.randperm(train.n_samples, generator=torch.Generator().manual_seed(seed))
+    mislabelled = data.Batches(train.x, train.y[order], train.batch_size)
+    groups = [{"params": [p], "name": n} for n, p in model.named_parameters()]
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=5e-4)
+    rows: list[dict[str, object]] = []
+    step = 0
+
+    def record() -> None:
+        loss, _ = evaluate(model, train.take(1000), F.cross_entropy)
+        rows.append({"step": step, "loss": f"{loss:.6g}", "learning_rate": rate})
+        save(folder, step, model, {})
+
+    (folder / "study.toml").write_text(STUDY.format(title=f"{activation} LeNet-5, {fault}", activation=activation))
+    record()
+    for epoch in range(EPOCHS):
+        if epoch == fault.epoch:
+            plant(optimizer, fault)
+        seen = mislabelled if fault.kind == "labels" and epoch >= fault.epoch else train
+        for x, y in shuffled(seen, seed=1000 * (seed + 1) + epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            step += 1
+            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                return write_log(folder, rows)
+            if step % EPOCH <= BURST or step == EPOCHS * EPOCH:
+                record()
+    write_log(folder, rows)
+
+
+def plant(optimizer: torch.optim.Optimizer, fault: Fault) -> None:
+    for group in optimizer.param_groups:
+        if fault.kind == "rate" and group["name"] == fault.tensor:
+            group["lr"] *= fault.factor
+        elif fault.kind == "momentum":
+            group["momentum"] = fault.factor
+        elif fault.kind == "decay":
+            group["weight_decay"] *= fault.factor
+
+
+def practice_runs(out: Path) -> None:
+    """The five planted faults (seed 0) and five healthy seeds."""
+    runs = {name: (fault, 0) for name, fault in FAULTS.items()} | {f"healthy-{s}": (HEALTHY, s) for s in SEEDS}
+    for name, (fault, seed) in runs.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        fresh(out / name)
+        practice(out / name, fault, seed)
+        print(f"{name}: {out / name}", flush=True)
+
+
 RUNS: dict[str, Callable[[Path], None]] = {
     "lenet5-mnist": lenet5_mnist,
     "gpt-docs": gpt_docs,
+    "lenet5-mnist-diverged": lenet5_mnist_diverged,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=[*RUNS, "all"])
-    chosen = parser.parse_args().run
+    parser.add_argument("run", choices=[*RUNS, "all", "practice"])
+    parser.add_argument("--out", type=Path, help="the folder of the practice runs")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    for name in RUNS if chosen == "all" else [chosen]:
+    if given.run == "practice":
+        if given.out is None:
+            parser.error("practice runs are not shipped: say where they go with --out FOLDER")
+        practice_runs(given.out)
+        return
+    for name in RUNS if given.run == "all" else [given.run]:
         print(f"{name}:")
         fresh(HERE / name)
         RUNS[name](HERE / name)

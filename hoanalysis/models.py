@@ -112,7 +112,7 @@ class MLP(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 for 32x32 images (LeCun et al. 1998, with max-pooling). S = 10, 61,706 parameters for one channel.
 
-    conv 6@5x5, pool, conv 16@5x5, pool, fully connected 120, 84, ``n_classes``.
+    conv 6@5x5, pool, conv 16@5x5, pool, fully connected 120, 84, ``n_classes``; channels and units times ``width``.
     """
 
     def __init__(
@@ -121,14 +121,16 @@ class LeNet5(nn.Module):
         n_classes: int = 10,
         activation: str = "relu",
         parameterization: str = "standard",
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         self.activation, gain = _activation(activation)
-        self.conv1 = _conv(in_channels, 6, 5, gain, parameterization)
-        self.conv2 = _conv(6, 16, 5, gain, parameterization)
-        self.fc1 = _linear(16 * 5 * 5, 120, gain, parameterization)
-        self.fc2 = _linear(120, 84, gain, parameterization)
-        self.fc3 = _linear(84, n_classes, 1.0, parameterization)
+        c1, c2, n1, n2 = (max(1, round(width * c)) for c in (6, 16, 120, 84))
+        self.conv1 = _conv(in_channels, c1, 5, gain, parameterization)
+        self.conv2 = _conv(c1, c2, 5, gain, parameterization)
+        self.fc1 = _linear(c2 * 5 * 5, n1, gain, parameterization)
+        self.fc2 = _linear(n1, n2, gain, parameterization)
+        self.fc3 = _linear(n2, n_classes, 1.0, parameterization)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.activation(self.conv1(x)), 2)
