@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from hoanalysis.analysis import coarsen as _coarsen
 from hoanalysis.analysis import compare as _compare
 from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
@@ -57,6 +58,12 @@ class HoAccessor:
     def merge(self, by: _merge.By) -> xr.Dataset:
         """The summaries of a coarser partition, exactly; see `analysis.merge.merge`."""
         return _merge.merge(self._ds, by)
+
+    def suggest_partition(
+        self, n: int, *, within: str | None = None, epsilon: float | None = None
+    ) -> _coarsen.Suggestion:
+        """The merging into ``n`` groups that costs a step least, for `merge`; see `analysis.coarsen`."""
+        return _coarsen.suggest_partition(self._ds, n, within=within, epsilon=epsilon)
 
     def taylor(self, eta: _taylor.Move, order: int | None = None) -> xr.DataArray:
         """The predicted change of the loss under +eta; see `analysis.taylor.taylor`."""

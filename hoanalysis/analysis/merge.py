@@ -44,7 +44,7 @@ def merge(ds: xr.Dataset, by: By) -> xr.Dataset:
     ArgumentError
         ``by`` names an unknown group, a group twice, or a new label that an untouched group already has.
     """
-    groups = _groups(ds, by)
+    groups = groups_of(ds, by)
     if all(len(members) == 1 for members in groups.values()):
         return _relabelled(ds, groups)
     names = {name: _dims(array) for name, array in ds.data_vars.items()}
@@ -64,7 +64,8 @@ def _dims(array: xr.DataArray) -> list[str]:
     return [str(d) for d in array.dims if str(d).startswith(schema.GROUP)]
 
 
-def _groups(ds: xr.Dataset, by: By) -> Groups:
+def groups_of(ds: xr.Dataset, by: By) -> Groups:
+    """The positions of the old groups in each new one, in the order of the first of them."""
     if isinstance(by, Mapping):
         return _by_names(schema.labels(ds), by)
     if isinstance(by, bool) or not isinstance(by, int | np.integer | str):
