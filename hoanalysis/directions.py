@@ -7,7 +7,12 @@
 | ``random`` | independent standard normal entries from a recorded seed |
 | ``to:init``, ``to:next``, ``to:<file>`` | theta' - theta: eta = 1 replaces a group by its value in that checkpoint |
 | ``momentum`` | the momentum buffer of SGD, kept in the checkpoint |
-| ``adam`` | Adam's step before its learning rate, m / (sqrt(v) + 1e-8), bias-corrected where its step count is kept |
+| ``adam`` | Adam's step before its learning rate, m / (sqrt(v) + eps), bias-corrected where its step count is kept |
+
+``to:next`` is the step that training really took, whatever made it: noise of the batch, momentum, weight decay. A file
+is looked for beside the run's checkpoints first. Adam's betas and eps are those that the checkpoint records (the entry
+``training`` of its metadata, the parameter groups of torch.save), else torch's defaults; the provenance says which. The
+decay of AdamW is no part of ``adam``. What a checkpoint lacks for its direction is a `NoDirection`: in a run, a gap.
 
 A mapping name -> tensor is taken as it is, detached; a callable gets (checkpoint, run) and returns such a mapping.
 
@@ -17,8 +22,10 @@ Signs: f moves by +U, and training steps are theta - eta U; so gradient, momentu
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +33,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_checkpoint
-from hoanalysis.errors import DirectionError, LossError, listed, nearest
+from hoanalysis.errors import DirectionError, LossError, NoDirection, NonFiniteWeights, listed, nearest
 from hoanalysis.partitions import describe_parameters
 from hoanalysis.problem import Problem, State, naming_batch
 
@@ -94,7 +101,8 @@ def resolve(
     Raises
     ------
     DirectionError
-        Where it does not fit the parameters, is zero or not finite, or lacks what it is made from.
+        Where it does not fit the parameters or is not finite; `NoDirection` where it is zero or this checkpoint lacks
+        what it is made from.
     LossError
         Where the gradient is asked for and the loss depends on no selected parameter.
     """
@@ -134,10 +142,15 @@ def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress)
         }
     if recipe.startswith("to:"):
         other = _destination(recipe[3:], checkpoint, run)
-        fitted = problem.fitted(other)
+        try:
+            fitted = problem.fitted(other)
+        except NonFiniteWeights as error:
+            raise NoDirection(
+                "the checkpoint that the direction leads to is not finite", where=error.where, why=error.why
+            ) from error
         return {n: fitted[n].to(p) - p for n, p in theta.items()}, {"to_sha256": other.sha256}
     if recipe in ("momentum", "adam"):
-        return _from_optimizer(recipe, checkpoint, problem, theta), {}
+        return _from_optimizer(recipe, checkpoint, problem, theta)
     raise DirectionError(f"there is no direction named {recipe!r}", do=nearest(recipe, [*NAMES, "to:<file>"]))
 
 
@@ -181,7 +194,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _destination(which: str, checkpoint: Checkpoint | None, run: Run | None) -> Checkpoint:
     if which not in ("init", "next"):
-        return load_checkpoint(which)
+        return load_checkpoint(file_of(which, run))
     if run is None or checkpoint is None:
         raise DirectionError(
             f"the direction 'to:{which}' needs a run of checkpoints",
@@ -193,22 +206,27 @@ def _destination(which: str, checkpoint: Checkpoint | None, run: Run | None) -> 
         raise DirectionError("the checkpoint is not one of the run", where=str(checkpoint.path), why=f"it is {run}")
     position = run.paths.index(checkpoint.path)
     if position + 1 == len(run):
-        raise DirectionError(
-            "the last checkpoint of a run has no next one",
-            where=str(checkpoint.path),
-            do="use 'to:<file>' or another direction for it",
-        )
+        raise NoDirection(LAST, where=str(checkpoint.path), do="use 'to:<file>' or another direction for it")
     return run[position + 1]
+
+
+LAST = "the last checkpoint of a run has no next one"
+
+
+def file_of(which: str, run: Run | None) -> Path:
+    """The file of ``to:<file>``: beside the run's checkpoints where it is there, else as it is written."""
+    beside = Path(run.paths[0]).parent / which if run is not None and len(run) else Path(which)
+    return beside if beside.exists() else Path(which)
 
 
 def _from_optimizer(
     kind: str, checkpoint: Checkpoint | None, problem: Problem, theta: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     have = {} if checkpoint is None else _optimizer_state(checkpoint, problem)
     need = ("momentum_buffer",) if kind == "momentum" else ("exp_avg", "exp_avg_sq")
     missing = [k for k in need if k not in have]
     if missing:
-        raise DirectionError(
+        raise NoDirection(
             f"the direction {kind!r} needs the optimizer state {listed(missing)}",
             where=str(checkpoint.path) if checkpoint is not None else "no checkpoint was given",
             why=f"the checkpoint keeps {listed(have) if have else 'no optimizer state'}",
@@ -218,15 +236,42 @@ def _from_optimizer(
         if lacking := [n for n in theta if n not in have[k]]:
             raise DirectionError(f"the optimizer state {k!r} lacks {listed(lacking)}")
     if kind == "momentum":
-        return {n: have["momentum_buffer"][n].to(p) for n, p in theta.items()}
-    out = {}
+        return {n: have["momentum_buffer"][n].to(p) for n, p in theta.items()}, {}
+    assert checkpoint is not None
+    return _adam(theta, have, settings := _adam_settings(checkpoint)), settings
+
+
+def _adam(
+    theta: Mapping[str, Tensor], have: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """m / (sqrt(v) + eps), with m and v bias-corrected; of AMSGrad, v is the largest so far."""
+    (beta1, beta2), out = settings["betas"], {}
     for n, p in theta.items():
-        m, v = (have[k][n].double() for k in need)
+        m, v = have["exp_avg"][n].double(), have["exp_avg_sq"][n].double()
+        v = have.get("max_exp_avg_sq", {}).get(n, v).double()
         if n in have.get("step", {}):
             t = float(have["step"][n])
-            m, v = m / (1 - 0.9**t), v / (1 - 0.999**t)
-        out[n] = (m / (v.sqrt() + 1e-8)).to(p)
+            m, v = m / (1 - beta1**t), v / (1 - beta2**t)
+        out[n] = (m / (v.sqrt() + settings["eps"])).to(p)
     return out
+
+
+def _adam_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``betas`` and ``eps`` as the checkpoint records them, torch's defaults for what it does not, and which is so."""
+    try:
+        recorded = json.loads(checkpoint.metadata.get("training", "{}"))["optimizer"]
+    except (ValueError, KeyError, TypeError):
+        recorded = {}
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    betas, eps = recorded.get("betas", ()), recorded.get("eps")
+    known = isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, (int, float)) for b in betas)
+    source = {True: "the checkpoint", False: "torch's defaults"}
+    return {
+        "betas": [float(b) for b in betas] if known else [0.9, 0.999],
+        "eps": float(eps) if isinstance(eps, (int, float)) else 1e-8,
+        "betas_from": source[known],
+        "eps_from": source[isinstance(eps, (int, float))],
+    }
 
 
 def _optimizer_state(checkpoint: Checkpoint, problem: Problem) -> dict[str, dict[str, Tensor]]:
@@ -262,7 +307,7 @@ def _checked(tensors: Mapping[str, Any], state: State, name: str) -> dict[str, T
             )
         out[n] = t
     if all(not bool(t.any()) for t in out.values()):
-        raise DirectionError(
+        raise NoDirection(
             f"the direction {name!r} is zero everywhere",
             why="every summary would be zero" + (": this is a critical point" if name == "gradient" else ""),
             do="use another direction, for instance 'weights' or 'random'",

@@ -61,6 +61,10 @@ class DirectionError(HoError):
     """A direction does not fit the parameters, or cannot be built."""
 
 
+class NoDirection(DirectionError):
+    """A checkpoint has no direction of this kind, and other checkpoints of its run may: in a run it is a gap."""
+
+
 class DataError(HoError):
     """The data cannot be iterated, or a batch is unusable."""
 

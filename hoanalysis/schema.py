@@ -73,6 +73,8 @@ LONG_NAMES = {
     "change_removed": "change of the loss when the group moves by its whole direction",
     "change_removed_pair": "change of the loss when both groups move by their whole direction",
     "tau": "multiple of the direction",
+    "direction_detail": "where the direction came from",
+    "gap": "why this checkpoint has no such summary",
     "coverage": "share of the units that are in the store",
 }
 

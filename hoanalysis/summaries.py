@@ -19,14 +19,15 @@ from tqdm.auto import tqdm
 from hoanalysis import schema, units
 from hoanalysis._version import __version__
 from hoanalysis.checkpoints import Checkpoint, Run, load_checkpoint
+from hoanalysis.checkpoints.load import content_sha256
 from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
-from hoanalysis.directions import OF_GRADIENT, Direction, Recipe, default_taus, digest, group_norms
+from hoanalysis.directions import LAST, OF_GRADIENT, Direction, Recipe, default_taus, digest, file_of, group_norms
 from hoanalysis.directions import resolve as resolve_direction
-from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NumericsError, StoreError, listed
+from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NoDirection, NumericsError, StoreError, listed
 from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows
@@ -175,6 +176,9 @@ def summarize_run(
 ) -> xr.Dataset:
     """`summarize` for every checkpoint of a run: a Dataset with the leading dim ``step``.
 
+    A checkpoint that has no such direction (the last one has no next, the first no optimizer state) is a gap: NaN,
+    coverage 0, and the reason in the coordinate ``gap``; where that is all of them, it is an error.
+
     Parameters
     ----------
     store
@@ -193,7 +197,8 @@ def summarize_run(
     plan = work.plan(work.steps(run), series=True)
     if store is None:
         wanted = [(i, canonical(k)) for i, s in enumerate(plan["steps"]) for k in s["units"]]
-        made = {k: work.unit(run[i], run, progress=False) for i, k in _bar(wanted, progress, "checkpoints")}
+        made = {k: work.unit_or_gap(run[i], run) for i, k in _bar(wanted, progress, "checkpoints")}
+        work.refuse_gaps_alone(made.values())
         return units.assemble(plan, lambda key: made[canonical(key)])
     with Store.open(store, mode="w") as opened:
         opened.register(work.name, plan)
@@ -303,7 +308,8 @@ class Work:
     def _identity(self, state: State, checkpoint: Any) -> tuple:
         """Tells whether two calls on one problem are about the same weights, data and setting."""
         s = self.settings
-        where = checkpoint.sha256 if isinstance(checkpoint, Checkpoint) else ""  # momentum, "to:next" depend on it
+        # momentum depends on the file, "to:next" on the one that follows it
+        where = (checkpoint.sha256, str(checkpoint.path)) if isinstance(checkpoint, Checkpoint) else ""
         weights = digest({**state.parameters, **state.fixed})
         recipe = s.direction if isinstance(s.direction, str) else ""  # tensors and functions are never cached
         return (weights, where, recipe, s.seed, s.max_batches, str(self.dtype), s.include_frozen)
@@ -358,12 +364,15 @@ class Work:
                 do="use a named direction, or call ho.summarize for each checkpoint",
             )
         shas = [run.sha256(i) for i in range(len(run))]
-        out = []
+        name, out = self.direction_name, []
+        elsewhere = name.startswith("to:") and name not in ("to:init", "to:next")
+        to_file = [content_sha256(file_of(name[3:], run))] if elsewhere else []
         for i, (label, sha) in enumerate(zip(run.steps, shas, strict=True)):
-            relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(self.direction_name, [])
-            # The last checkpoint has no next one: its row stays NaN.
-            impossible = self.direction_name == "to:next" and not relatives
-            out.append({"step": label, "sha256": sha, "units": [] if impossible else [self.key(sha, relatives)]})
+            if self.direction_name == "to:next" and i + 1 == len(run):
+                out.append({"step": label, "sha256": sha, "units": [], "gap": LAST})
+                continue
+            relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(self.direction_name, to_file)
+            out.append({"step": label, "sha256": sha, "units": [self.key(sha, relatives)]})
         return out
 
     # ---- units --------------------------------------------------------------------------------------------------
@@ -400,6 +409,19 @@ class Work:
         }
         return sums.unit(norms, facts)
 
+    def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Store | None = None) -> xr.Dataset:
+        """The unit of a checkpoint of a run, or the reason why it has no such direction."""
+        try:
+            return self.unit(checkpoint, run, store=store, progress=False)
+        except NoDirection as e:  # without the path: a store that is moved keeps its bytes
+            return units.gap({"what": e.what, "why": e.why, "do": e.do})
+
+    def refuse_gaps_alone(self, made: Iterable[xr.Dataset | None]) -> None:
+        """Raise `NoDirection` where no checkpoint of a run has such a direction."""
+        reasons = [units.gap_of(unit) for unit in made]
+        if reasons and all(r is not None for r in reasons):
+            raise NoDirection(**{**(reasons[0] or {}), "where": "every checkpoint of the run"})
+
     def _run(self, engine: engines.Engine, identity: tuple, progress: bool) -> tuple[float, units.Accumulator]:
         """The self-check and one pass over the data."""
         s = self.settings
@@ -425,19 +447,29 @@ class Work:
         the same content share a unit.
         """
         wanted = {canonical(key): (i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]}
-        missing = [(i, key) for i, key in wanted.values() if store.read(key) is None]
+        missing, gaps = [], {}
+        for k, (i, key) in wanted.items():
+            unit = store.read(key)
+            if unit is None:
+                missing.append((k, i, key))
+            elif units.gap_of(unit) is not None:
+                gaps[k] = unit
         failed: dict[str, Exception] = {}
-        for i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
+        for k, i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
             try:
-                unit = self.unit(run[i], run, store=store, progress=False)
+                unit = self.unit_or_gap(run[i], run, store)
                 store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key["checkpoint"]))
             except StoreError:
                 raise
             except Exception as error:
                 failed[str(run.steps[i])] = error
+            else:
+                if units.gap_of(unit) is not None:
+                    gaps[k] = unit
         if failed:
             raise _summed_up(failed, len(missing))
-        return len(missing)
+        self.refuse_gaps_alone(gaps.get(k) for k in wanted)
+        return sum(k not in gaps for k, _, _ in missing)
 
     # ---- the plan -----------------------------------------------------------------------------------------------
 

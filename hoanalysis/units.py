@@ -163,6 +163,19 @@ def add_shards(shards: Sequence[xr.Dataset]) -> xr.Dataset:
     return out.drop_vars(kept).assign(stacked) if kept else out
 
 
+# ---- checkpoints without a unit ----------------------------------------------------------------------------------
+
+
+def gap(reason: Mapping[str, str]) -> xr.Dataset:
+    """A unit in the place of one that cannot exist; ``reason`` holds the parts of a `HoError`."""
+    return xr.Dataset(attrs={"unit": json.dumps({"gap": dict(reason)}, sort_keys=True)})
+
+
+def gap_of(unit: xr.Dataset | None) -> dict[str, str] | None:
+    """The reason why there is no such unit; None of a unit that holds sums, or that is not there at all."""
+    return None if unit is None else json.loads(unit.attrs["unit"]).get("gap")
+
+
 # ---- units -> Dataset -------------------------------------------------------------------------------------------
 
 
@@ -191,12 +204,15 @@ def summary(unit: xr.Dataset, reduction: str = "mean") -> Row:
 def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dataset | None]) -> xr.Dataset:
     """The Dataset that a plan asks for, from the units that exist; NaN where one is missing.
 
+    Where one cannot exist (the last checkpoint has no next one) the coordinate ``gap`` says why; such a step has
+    coverage 0, and does not count in that of the Dataset.
+
     Parameters
     ----------
     plan
         ``groups`` (labels and coordinates), ``quantities`` (name -> order of its tensor), ``taus`` where the loss is
-        measured along the direction, ``steps`` (label, sha256, the keys of its shards), ``series`` (whether ``step`` is
-        a dim), ``reduction`` and ``attrs``.
+        measured along the direction, ``steps`` (label, sha256, the keys of its shards, ``gap`` where there are none),
+        ``series`` (whether ``step`` is a dim), ``reduction`` and ``attrs``.
     read
         Key -> unit, or None where it is not there.
     """
@@ -204,13 +220,15 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     rows = [_row(plan, step, read, facts) for step in plan["steps"]]
     row = _with_losses(_stacked(rows) if plan["series"] else rows[0])
     samples, read_units = row.pop("n_samples")[1], row.pop("units_read")[1]
-    wanted = sum(len(step["units"]) for step in plan["steps"])
+    wanted = sum(len(step["units"]) for step in plan["steps"]) - sum("gap" in f for f in facts)
     coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
     if plan.get("taus"):
         coords[schema.TAU] = ((schema.TAU,), np.array(plan["taus"], dtype=np.float64))
     if plan["series"]:
         coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
-    coords |= {k: row.pop(k) for k in (*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP)}
+    told = [*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP]
+    optional = {k: row.pop(k) for k in ("direction_detail", "gap")}
+    coords |= {k: row.pop(k) for k in told} | {k: v for k, v in optional.items() if np.any(v[1] != "")}
     attrs = {
         **plan["attrs"],
         # Of this Dataset, not of the units: a unit that is computed again must be bit-identical to the first.
@@ -230,9 +248,11 @@ def _row(
     all_facts: list[dict[str, Any]],
 ) -> Row:
     """One checkpoint; what its units say of themselves is added to ``all_facts``."""
-    shards = [unit for unit in map(read, step["units"]) if unit is not None]
+    there = [unit for unit in map(read, step["units"]) if unit is not None]
+    all_facts += [json.loads(unit.attrs["unit"]) for unit in there]
+    reasons = [step["gap"]] if "gap" in step else [r["what"] for r in map(gap_of, there) if r is not None]
+    shards = [unit for unit in there if gap_of(unit) is None]
     own = [json.loads(unit.attrs["unit"]) for unit in shards]
-    all_facts += own
     s = len(plan["groups"]["label"])
     sizes = {schema.TAU: len(plan.get("taus", ()))}
     row: Row = {}
@@ -252,14 +272,20 @@ def _row(
         "sha256": step.get("sha256", ""),
         "engine": own[0].get("engine", "") if own else "",
         "engine_detail": own[0].get("engine_detail", "") if own else "",
+        "direction_detail": _told(own[0].get("direction", {})) if own else "",
+        "gap": reasons[0] if reasons else "",
         "self_check": np.nanmax(checks) if np.isfinite(checks).any() else np.nan,
         "n_batches": n_batches,
         "n_samples": n_samples,
         "units_read": len(shards),
-        # NaN where nothing can be asked for: the last checkpoint's step to the next one
-        "coverage": len(shards) / len(step["units"]) if step["units"] else np.nan,
+        "coverage": len(shards) / len(step["units"]) if step["units"] else 0.0,
     }
     return row | {k: ((), np.asarray(v)) for k, v in scalars.items()}
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    """``betas: [0.9, 0.999]; eps: 1e-08``"""
+    return "; ".join(f"{k}: {v}" for k, v in facts.items())
 
 
 def _stacked(rows: Sequence[Row]) -> Row:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -277,7 +278,7 @@ def train(optimizer_of, steps: int = 3, model: nn.Module | None = None):
     return model, optimizer
 
 
-def save(path, model: nn.Module, optimizer, form: str) -> None:
+def save(path, model: nn.Module, optimizer, form: str, metadata: dict[str, str] | None = None) -> None:
     if form == "torch":
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
         return
@@ -286,7 +287,7 @@ def save(path, model: nn.Module, optimizer, form: str) -> None:
         for n, p in model.named_parameters()
         for slot, v in optimizer.state[p].items()
     }
-    save_file({**model.state_dict(), **slots}, path)
+    save_file({**model.state_dict(), **slots}, path, metadata)
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
@@ -312,6 +313,51 @@ def test_adam_is_the_step_that_adam_took(tmp_path, form):
     checkpoint, problem = load_checkpoint(tmp_path / "step_3"), problem_of()
     u = resolve("adam", problem, problem.state(checkpoint.state_dict), checkpoint=checkpoint).tensors
     check(u, {n: (before[n] - p) / 0.01 for n, p in named(model).items()}, 1e-9)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("form", ["torch", "safetensors", "safetensors without a record"])
+def test_adam_with_settings_of_its_own(tmp_path, form, amsgrad):
+    settings = {"lr": 0.01, "betas": (0.5, 0.8), "eps": 1e-2, "amsgrad": amsgrad}
+    model, optimizer = train(functools.partial(torch.optim.Adam, **settings), steps=3)
+    before = named(copy.deepcopy(train(functools.partial(torch.optim.Adam, **settings), steps=2)[0]))
+    facts = {"training": json.dumps({"optimizer": {"betas": [0.5, 0.8], "eps": 1e-2}})}
+    save(tmp_path / "step_3", model, optimizer, form, facts if form == "safetensors" else None)
+    checkpoint, problem = load_checkpoint(tmp_path / "step_3"), problem_of()
+    u = resolve("adam", problem, problem.state(checkpoint.state_dict), checkpoint=checkpoint)
+    step = {n: (before[n] - p) / 0.01 for n, p in named(model).items()}
+    if form == "safetensors without a record":
+        source, betas, eps = "torch's defaults", [0.9, 0.999], 1e-8
+        assert not torch.allclose(u.tensors["0.weight"], step["0.weight"], rtol=1e-2)
+    else:
+        source, betas, eps = "the checkpoint", [0.5, 0.8], 1e-2
+        check(u.tensors, step, 1e-9)
+    assert u.provenance == {"betas": betas, "eps": eps, "betas_from": source, "eps_from": source}
+
+
+@pytest.mark.parametrize(
+    "training", ["", "[", "[1]", '{"optimizer": 3}', '{"optimizer": {"betas": 0.9, "eps": "x"}}', '{"optimizer": null}']
+)
+def test_a_record_that_says_nothing_of_adam_leaves_torch_s_defaults(tmp_path, training):
+    model, optimizer = train(functools.partial(torch.optim.Adam, lr=0.01))
+    save(tmp_path / "step_3", model, optimizer, "safetensors", {"training": training})
+    checkpoint, problem = load_checkpoint(tmp_path / "step_3"), problem_of()
+    u = resolve("adam", problem, problem.state(checkpoint.state_dict), checkpoint=checkpoint)
+    assert u.provenance["betas"] == [0.9, 0.999]
+    assert u.provenance["eps_from"] == "torch's defaults"
+
+
+def test_parameter_groups_that_disagree_record_nothing_in_common(tmp_path):
+    model = network()
+    groups = [{"params": [p], "betas": (0.5 + 0.01 * i, 0.9)} for i, p in enumerate(model.parameters())]
+    optimizer = torch.optim.Adam(groups, lr=0.01, eps=1e-5)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    save(tmp_path / "step_1", model, optimizer, "torch")
+    checkpoint, problem = load_checkpoint(tmp_path / "step_1"), problem_of()
+    u = resolve("adam", problem, problem.state(checkpoint.state_dict), checkpoint=checkpoint)
+    assert (u.provenance["betas_from"], u.provenance["eps"]) == ("torch's defaults", 1e-5)
+    assert u.provenance["eps_from"] == "the checkpoint"
 
 
 def test_the_names_of_a_wrapped_model_s_optimizer_are_those_of_the_model(tmp_path):

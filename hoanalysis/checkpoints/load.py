@@ -34,7 +34,8 @@ class Checkpoint:
     optimizer_state
         State name -> parameter name -> tensor (``optimizer_state["exp_avg"]["fc.weight"]``), or None.
     metadata
-        The strings that a safetensors file carries.
+        The strings that a safetensors file carries. ``training`` is a JSON object in the shipped runs; of a file of
+        torch.save it is ``{"optimizer": {..}}`` with the settings that all parameter groups share.
     notes
         What was noticed or decided while reading; `fit` adds to it.
     """
@@ -113,7 +114,8 @@ def _load_torch(path: Path, file: BinaryIO, kind: str, sha256: str, key: str | N
         warnings.warn(f"{path}: {notes[-1]}", stacklevel=3)
     weights = unpack.find_state_dict(content, str(path), key, notes)
     optimizer_state = unpack.find_optimizer(content, weights, notes)
-    return Checkpoint(path, "torch", sha256, step_of(path), _plain(weights, path, notes), optimizer_state, {}, notes)
+    plain, settings = _plain(weights, path, notes), unpack.optimizer_settings(content)
+    return Checkpoint(path, "torch", sha256, step_of(path), plain, optimizer_state, settings, notes)
 
 
 def _check_memory(path: Path, size: int) -> None:

@@ -1,5 +1,6 @@
 """From the object in a file to a flat state_dict and the optimizer's state, both keyed by parameter names."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -100,17 +101,12 @@ def find_optimizer(content: Any, weights: "Mapping[str, Tensor]", notes: list[st
     torch numbers the parameters. The names are those that the optimizer kept (``param_names``), or else the tensors of
     the state_dict in order, where count and shapes agree; otherwise the state is left out, and a note says so.
     """
-    if not isinstance(content, Mapping):
+    key, optimizers = _optimizers(content)
+    if len(optimizers) > 1:
+        notes.append(f"the file has {len(optimizers)} optimizers under {key!r}; their state was left out")
+    if len(optimizers) != 1:
         return None
-    key = next((k for k in OPTIMIZER_KEYS if k in content), None)
-    if key is None:
-        return None
-    raw = content[key]
-    if isinstance(raw, list | tuple):
-        if len(raw) != 1:
-            notes.append(f"the file has {len(raw)} optimizers under {key!r}; their state was left out")
-            return None
-        raw = raw[0]
+    (raw,) = optimizers
     state = raw.get("state") if isinstance(raw, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         return None
@@ -119,6 +115,29 @@ def find_optimizer(content: Any, weights: "Mapping[str, Tensor]", notes: list[st
         notes.append(f"the optimizer's state under {key!r} could not be matched to the tensors and was left out")
         return None
     return _by_name(state, names)
+
+
+def _optimizers(content: Any) -> tuple[str, list[Any]]:
+    key = next((k for k in OPTIMIZER_KEYS if isinstance(content, Mapping) and k in content), None)
+    if key is None:
+        return "", []
+    return key, list(content[key]) if isinstance(content[key], list | tuple) else [content[key]]
+
+
+def optimizer_settings(content: Any) -> dict[str, str]:
+    """The numbers that the optimizer's parameter groups agree on (lr, betas, eps, ..), as `Checkpoint.metadata`."""
+    _, optimizers = _optimizers(content)
+    groups = optimizers[0].get("param_groups") if len(optimizers) == 1 and isinstance(optimizers[0], Mapping) else None
+    if not isinstance(groups, list | tuple) or not groups or not all(isinstance(g, Mapping) for g in groups):
+        return {}
+    common = {str(k): v for k, v in groups[0].items() if _number(v) and all(g.get(k) == v for g in groups)}
+    return {"training": json.dumps({"optimizer": common})} if common else {}
+
+
+def _number(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_number, value))
+    return isinstance(value, int | float)
 
 
 def _names(raw: Mapping, state: Mapping, weights: "Mapping[str, Tensor]") -> dict[Any, str] | None:

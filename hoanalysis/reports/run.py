@@ -295,11 +295,13 @@ def _refuse_unfitting(run: Any, work: Any) -> None:
 
 def _assembled(plan: Mapping[str, Any], store: Store, outcome: Outcome) -> xr.Dataset:
     """The Dataset of a plan; how many units it asks for, and how many are there, is added to ``outcome``."""
-    from hoanalysis.units import assemble
+    from hoanalysis.units import assemble, gap_of
 
     def read(key: Mapping[str, Any]) -> xr.Dataset | None:
         unit = store.read(key)
-        outcome.present += unit is not None
+        gap = gap_of(unit) is not None  # there is nothing to compute: it is not asked for
+        outcome.present += unit is not None and not gap
+        outcome.units -= gap
         return unit
 
     outcome.units += sum(len(step["units"]) for step in plan["steps"])
