@@ -74,6 +74,7 @@ LONG_NAMES = {
     "change_removed_pair": "change of the loss when both groups move by their whole direction",
     "tau": "multiple of the direction",
     "direction_detail": "where the direction came from",
+    "stopping": "where the pass over the data ended",
     "gap": "why this checkpoint has no such summary",
     "coverage": "share of the units that are in the store",
 }

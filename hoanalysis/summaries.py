@@ -21,7 +21,7 @@ from hoanalysis._version import __version__
 from hoanalysis.checkpoints import Checkpoint, Run, load_checkpoint
 from hoanalysis.checkpoints.load import content_sha256
 from hoanalysis.derivatives import engines, nested
-from hoanalysis.derivatives.accumulate import accumulate
+from hoanalysis.derivatives.accumulate import accumulate, stopping
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
@@ -119,8 +119,10 @@ def summarize(
     max_batches
         Use the first batches only.
     tolerance
-        Stop once, for every order, all entries of at least a tenth of the largest have a relative standard error
-        below this; at least 8 batches are used.
+        0.05 stops once, for every order, all entries of at least a tenth of the largest have a relative standard error
+        of at most 5 %; at least 8 batches are used. The coordinate ``n_batches`` says how many it took, ``stopping``
+        whether that was enough. The batches should stand in random order. A pass that stops where an estimated error
+        is small stops a little early: see docs/errors.md.
     keep_batches
         K > 0 keeps un-normalised sums over at most K contiguous blocks of batches, from which merging and every
         derived error are computed.
@@ -407,6 +409,8 @@ class Work:
             "torch_threads": torch.get_num_threads(),
             "direction": u.provenance,
         }
+        if s.tolerance is not None:
+            facts["stopping"] = stopping(sums, s.tolerance)
         return sums.unit(norms, facts)
 
     def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Store | None = None) -> xr.Dataset:

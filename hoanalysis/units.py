@@ -227,7 +227,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
     if plan["series"]:
         coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
     told = [*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP]
-    optional = {k: row.pop(k) for k in ("direction_detail", "gap")}
+    optional = {k: row.pop(k) for k in ("direction_detail", "stopping", "gap")}
     coords |= {k: row.pop(k) for k in told} | {k: v for k, v in optional.items() if np.any(v[1] != "")}
     attrs = {
         **plan["attrs"],
@@ -273,6 +273,7 @@ def _row(
         "engine": own[0].get("engine", "") if own else "",
         "engine_detail": own[0].get("engine_detail", "") if own else "",
         "direction_detail": _told(own[0].get("direction", {})) if own else "",
+        "stopping": own[0].get("stopping", "") if own else "",
         "gap": reasons[0] if reasons else "",
         "self_check": np.nanmax(checks) if np.isfinite(checks).any() else np.nan,
         "n_batches": n_batches,

@@ -140,21 +140,23 @@ def test_the_step_to_a_checkpoint_that_diverged_is_a_gap_too(tmp_path) -> None:
     assert ds.gap.values.tolist() == ["", "the checkpoint that the direction leads to is not finite", LAST]
 
 
-def test_equal_checkpoints_in_a_row_have_their_own_next(tmp_path) -> None:
-    """What was computed for the first must not be taken for the second, whose next one is another."""
-    for step, seed in ((0, 0), (1, 0), (2, 1)):
-        save(tmp_path, step, make_model(seed))
-    ds = ho.summarize_run(ho.open_run(tmp_path), make_problem(), 1, direction="to:next", progress=False)
-    assert ds.coverage.values.tolist() == [0, 1, 0]
-    save(tmp_path, 1, make_model(2))
-    save(tmp_path, 3, make_model(2))
-    save(tmp_path, 4, make_model(0))
-    run, problem = ho.open_run(tmp_path), make_problem()
-    ds = ho.summarize_run(run, problem, 1, direction="to:next", progress=False)
-    here = ho.summarize_run(run, problem, 1, direction="weights", measure=(), progress=False)
-    assert ds.sha256.values[1] == ds.sha256.values[3]
-    assert not np.allclose(ds.D1.values[1], ds.D1.values[3])
-    np.testing.assert_array_equal(ds.loss.values[:4], here.loss.values[:4])
+def test_equal_checkpoints_have_their_own_next(tmp_path) -> None:
+    """What was computed for the first must not be taken for the second, also where what lies between is there."""
+    (tmp_path / "run").mkdir()
+    for step, seed in ((0, 0), (1, 1), (2, 0), (3, 2)):
+        save(tmp_path / "run", step, make_model(seed))
+    run, options = ho.open_run(tmp_path / "run"), {"direction": "to:next", "progress": False}
+    plain = ho.summarize_run(run, make_problem(), 1, **options)
+    ho.summarize_run(run[1:3], make_problem(), 1, store=tmp_path / "store", **options)
+    resumed = ho.summarize_run(run, make_problem(), 1, store=tmp_path / "store", **options)
+    for ds in (plain, resumed):
+        assert ds.coverage.values.tolist() == [1, 1, 1, 0]
+        for i in (0, 1, 2):
+            by_file = ho.summarize(
+                make_problem(), 1, direction=f"to:{run.paths[i + 1]}", checkpoint=run[i], progress=False
+            )
+            np.testing.assert_allclose(ds.D1.isel(step=i), by_file.D1, rtol=1e-12)
+    assert not np.allclose(plain.D1.values[0], plain.D1.values[2])
 
 
 def test_a_file_to_go_to_lies_beside_the_run_and_its_content_counts(run, tmp_path, monkeypatch) -> None:

@@ -200,17 +200,59 @@ def test_a_sum_reduction_gives_the_derivatives_of_the_sum(engine: str) -> None:
         np.testing.assert_allclose(ds[name], mean[name] * sum(SIZES), rtol=1e-9, atol=1e-12)
 
 
-def test_tolerance_stops_early_and_says_after_how_many_batches() -> None:
-    batches = make_batches() * 30
-    problem = make_problem(batches)
-    loose = summarize(problem, 1, tolerance=10.0)
-    strict = summarize(problem, 1, tolerance=1e-9)
-    assert int(loose.n_batches) == 8
-    assert int(strict.n_batches) == len(batches)
-    middle = summarize(problem, 1, tolerance=0.4)
-    assert 8 < int(middle.n_batches) < len(batches)
-    size = abs(middle.D1)
-    assert float((middle.D1_se / size).where(size > 0.1 * size.max()).max()) <= 0.4
+@functools.cache
+def forty_batches() -> tuple[list, list[xr.Dataset]]:
+    """Forty unlike batches, and the summaries of each alone."""
+    model, g = make_model(), torch.Generator().manual_seed(4)
+    sizes = torch.randint(20, 60, (40,), generator=g).tolist()
+    batches = [(torch.randn(n, 4, generator=g).double(), torch.randint(0, 3, (n,), generator=g)) for n in sizes]
+    alone = make_problem(batches[:1], model)
+    out = []
+    for b in batches:
+        alone.data[0] = b
+        alone.cache.clear()
+        out.append(summarize(alone, 1, diagonal=2, engine="nested"))
+    return batches, out
+
+
+def first_settled(tolerance: float) -> int:
+    """How many batches it takes by the rule of `summarize`, in plain numpy."""
+    batches, alone = forty_batches()
+    weights = np.array([len(y) for _, y in batches], dtype=float)
+    for n in range(8, len(batches) + 1):
+        worst = 0.0
+        for name in ("D1", "D2_diag"):
+            mean, se = oracles.weighted(np.stack([a[name].values for a in alone[:n]]), weights[:n])
+            matters = np.abs(mean) >= 0.1 * np.abs(mean).max()
+            worst = max(worst, float((se[matters] / np.abs(mean[matters])).max()))
+        if worst <= tolerance:
+            return n
+    return len(batches) + 1
+
+
+@pytest.mark.parametrize("tolerance", [1.0, 0.3, 0.2, 0.18, 0.16, 0.01])
+def test_tolerance_stops_where_the_entries_that_matter_are_known(tolerance: float) -> None:
+    batches, _ = forty_batches()
+    ds = summarize(make_problem(batches), 1, diagonal=2, tolerance=tolerance, keep_batches=40)
+    expected = first_settled(tolerance)
+    assert int(ds.n_batches) == min(expected, 40)
+    assert ds.sizes["batch"] == int(ds.n_batches)
+    assert ds.attrs["n_samples"] == sum(len(y) for _, y in batches[:expected])
+    told = str(ds.stopping.item())
+    if expected <= 40:
+        assert told == f"stopped after {expected} batches: the entries that matter are known to {tolerance:.2g}"
+    else:
+        assert told.startswith("all 40 batches were used, and entries of D")
+
+
+def test_the_tolerances_of_the_test_above_stop_at_different_batches() -> None:
+    stops = [first_settled(t) for t in (1.0, 0.3, 0.2, 0.18, 0.16, 0.01)]
+    assert stops == sorted(stops)
+    assert len(set(stops)) >= 5
+
+
+def test_without_a_tolerance_nothing_is_said_of_stopping() -> None:
+    assert "stopping" not in summarize(make_problem(), 1).coords
 
 
 # ---- what comes back --------------------------------------------------------------------------------------------

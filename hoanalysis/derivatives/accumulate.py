@@ -61,9 +61,28 @@ def _accumulate(
         check_finite(result, f"batch {index}")
         values = _values(result) | measured(engine, measure, batch)
         sums.add(_means(values, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
-        if tolerance is not None and sums.n_batches >= MIN_BATCHES and _settled(sums, tolerance):
+        if tolerance is not None and sums.n_batches >= MIN_BATCHES and settled(sums, tolerance):
             break
     return sums
+
+
+def relative_errors(sums: Accumulator) -> dict[str, float]:
+    """Of each derivative, the largest relative standard error among the entries that matter."""
+    derivatives = [k for k in sums.sums if k != schema.LOSS and k not in schema.MEASURED]
+    return {k: sums.relative_error(k) for k in derivatives}
+
+
+def settled(sums: Accumulator, tolerance: float) -> bool:
+    """Whether all entries that matter are known to ``tolerance``."""
+    return all(error <= tolerance for error in relative_errors(sums).values())
+
+
+def stopping(sums: Accumulator, tolerance: float) -> str:
+    """Where a pass with a tolerance ended, in words."""
+    worst, error = max(relative_errors(sums).items(), key=lambda item: item[1])
+    if settled(sums, tolerance) and sums.n_batches >= MIN_BATCHES:
+        return f"stopped after {sums.n_batches} batches: the entries that matter are known to {tolerance:.2g}"
+    return f"all {sums.n_batches} batches were used, and entries of {worst} that matter are known to {error:.2g} only"
 
 
 def _values(result: BatchDerivatives) -> dict[str, np.ndarray]:
@@ -75,11 +94,6 @@ def _values(result: BatchDerivatives) -> dict[str, np.ndarray]:
 
 def _means(values: dict[str, np.ndarray], divisor: float) -> dict[str, np.ndarray]:
     return {k: v / divisor for k, v in values.items()} if divisor != 1 else values
-
-
-def _settled(sums: Accumulator, tolerance: float) -> bool:
-    derived = [k for k in sums.sums if k != schema.LOSS and k not in schema.MEASURED]
-    return all(sums.relative_error(k) <= tolerance for k in derived)
 
 
 def _refuse_nonfinite_inputs(batch: Any, index: int) -> None:
