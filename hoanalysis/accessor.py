@@ -21,6 +21,7 @@ from hoanalysis.analysis import regularizer as _regularizer
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
+from hoanalysis.analysis import triples as _triples
 from hoanalysis.analysis.findings import findings
 from hoanalysis.analysis.groups import null_groups
 from hoanalysis.analysis.regularized import Regularization
@@ -76,6 +77,10 @@ class HoAccessor:
     def interactions(self, top: int | None = None) -> pd.DataFrame:
         """Pairs of groups, the strongest first at every step; see `analysis.interactions.interactions`."""
         return _interactions.interactions(self._ds, top)
+
+    def triples(self, top: int | None = None, *, distinct: bool = True) -> pd.DataFrame:
+        """Triples of groups, the strongest first at every step; see `analysis.triples.triples`."""
+        return _triples.triples(self._ds, top, distinct=distinct)
 
     def shares(self) -> xr.Dataset:
         """The off-diagonal and off-block shares of H-bar; see `analysis.interactions.shares`."""

@@ -93,7 +93,7 @@ def suggest_partition(ds: xr.Dataset, n: int, *, within: str | None = None, epsi
     labels, used = schema.labels(ds), _used(systems)
     null = np.logical_and.reduce([s.null for s in systems]) & used.any()
     alone = ~(used | null)
-    _check(n, len(labels), int(alone.sum()) + (1 if used.any() else 0))
+    _check(n, len(labels), fewest(ds))
     strength = _epsilon(ones, systems, used) if epsilon is None else float(epsilon)
     models = [_Model.of(one, s, used, strength) for one, s in zip(ones, systems, strict=True)]
     members: list[list[int]] = [[int(s)] for s in np.flatnonzero(used)]
@@ -103,6 +103,14 @@ def suggest_partition(ds: xr.Dataset, n: int, *, within: str | None = None, epsi
     path["groups"] += int(alone.sum())
     kept, error = _kept(ones, systems, used, members, strength)
     return Suggestion(groups, kept, error, path, strength, _status(labels, null, alone, strength, epsilon is None))
+
+
+def fewest(ds: xr.Dataset) -> int:
+    """The smallest number of groups that `suggest_partition` can reach: those that stay alone, and one more."""
+    _, systems = _computed(ds)
+    used = _used(systems)
+    null = np.logical_and.reduce([s.null for s in systems]) & used.any()
+    return int((~(used | null)).sum()) + int(used.any())
 
 
 def kept_share(ds: xr.Dataset, by: By, *, epsilon: float | None = None) -> tuple[float, float]:

@@ -4,20 +4,24 @@ Every one works without further arguments. Nothing is shown or kept open: see `s
 """
 
 from hoanalysis.plots.dots import learning_rates, regularizer
-from hoanalysis.plots.heatmaps import blocks, errors, matrix
+from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import interaction_shares as shares
-from hoanalysis.plots.lines import loss, pairs, spectrum, taylor, trajectories
+from hoanalysis.plots.lines import loss, merging, pairs, spectrum, taylor, trajectories, triples
 
 __all__ = [
     "blocks",
+    "change",
     "errors",
     "learning_rates",
     "loss",
     "matrix",
+    "merging",
     "pairs",
     "regularizer",
     "shares",
     "spectrum",
     "taylor",
+    "third",
     "trajectories",
+    "triples",
 ]

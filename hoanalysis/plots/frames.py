@@ -8,6 +8,8 @@ import xarray as xr
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import checkpoints, require, step_labels, tensor
+from hoanalysis.analysis.coarsen import fewest, kept_share, suggest_partition
+from hoanalysis.analysis.compare import compare
 from hoanalysis.analysis.inverse import Which, matrix
 from hoanalysis.analysis.regularized import Regularization
 from hoanalysis.analysis.regularizer import regularizer
@@ -16,7 +18,8 @@ from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.taylor import highest_order, taylor
 from hoanalysis.analysis.training_log import Used as Used
 from hoanalysis.analysis.training_log import used_at as used_at
-from hoanalysis.errors import ArgumentError, listed
+from hoanalysis.analysis.triples import strongest_slice, third_slice
+from hoanalysis.errors import ArgumentError, listed, nearest
 
 
 def at_step(ds: xr.Dataset, step: Any = None) -> xr.Dataset:
@@ -48,6 +51,48 @@ def matrix_at(
 ) -> xr.DataArray:
     """H-bar, its inverse or the scale-free H-bar at one checkpoint, (S, S), with its error as a coordinate."""
     return matrix(at_step(ds, step), which, regularization, epsilon)
+
+
+def third_at(ds: xr.Dataset, group: str | None, step: Any, scale_free: bool) -> xr.DataArray | None:
+    """D3[:, :, group] at one checkpoint, (S, S), raw or scale-free, with its error; None without the full D3.
+
+    By default the group whose scale-free slice has the largest sum of sizes.
+    """
+    if "D3" not in ds or not {"D1", "D2"} <= set(ds.data_vars):
+        return None
+    one = at_step(ds, step)
+    labels = schema.labels(one)
+    if group is not None and group not in labels:
+        raise ArgumentError(f"no group is called {group!r}", where="group", do=nearest(str(group), labels))
+    return third_slice(one, labels.index(group) if group is not None else strongest_slice(one), scale_free)
+
+
+def changed(ds: xr.Dataset, other: xr.Dataset | None, step: Any, quantity: str) -> tuple[xr.DataArray | None, str]:
+    """The difference of a matrix with its error and a title; or None, and why there is none."""
+    if quantity not in ("scale_free", "D2"):
+        raise ArgumentError(f"no matrix {quantity!r} is compared", do=nearest(quantity, ["scale_free", "D2"]))
+    if other is None and ds.sizes.get(schema.STEP, 1) < 2:
+        return None, "one checkpoint: give other=, a Dataset to compare it with"
+    both = (ds, ds) if other is None else (ds, other)
+    chosen = step if step is not None else ("first", "last")
+    found = compare(*both, chosen)
+    if quantity not in found:
+        return None, "D1 or D2 is not held by both"
+    when = [f"step {found[f'step_{x}'].item()}" if f"step_{x}" in found.coords else f"{x}" for x in "ab"]
+    array = found[quantity].assign_coords({f"{quantity}_se": found[f"{quantity}_se"]})
+    title = str(array.attrs["long_name"])
+    return array, f"{title[0].upper()}{title[1:]}, from {when[0]} to {when[1]}"
+
+
+def merging(ds: xr.Dataset) -> pd.DataFrame:
+    """``groups, kept, se, name``: the greedy partitions of every size, then those by layer and by kind."""
+    path = suggest_partition(ds, fewest(ds)).path.assign(se=np.nan, name="")
+    rows = []
+    for by in ("layer", "kind"):
+        if by in ds.coords and len(set(ds[by].values.tolist())) < ds.sizes[schema.GROUP]:
+            kept, error = kept_share(ds, by)
+            rows.append({"groups": len(set(ds[by].values.tolist())), "kept": kept, "se": error, "name": by})
+    return pd.concat([path, pd.DataFrame(rows)], ignore_index=True) if rows else path
 
 
 def relative_errors(ds: xr.Dataset, step: Any = None) -> xr.DataArray:

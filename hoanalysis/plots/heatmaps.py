@@ -37,6 +37,58 @@ def matrix(
     grey cells groups without effect. ``step`` is a step, ``"first"`` or ``"last"`` (the default).
     """
     array = frames.matrix_at(ds, which, step, regularization, epsilon)
+    title = f"{TITLES[which]}{_regularized(regularization, epsilon)}, {_when(array)}"
+    return signed(array, ax, title, scale=scale, limit=limit)
+
+
+def third(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    group: str | None = None,
+    step: Any = None,
+    scale_free: bool = True,
+    scale: str | None = None,
+    limit: float | None = None,
+) -> Axes:
+    """The slice D3[:, :, group] at one checkpoint: how moving ``group`` changes each entry of the pseudo-Hessian.
+
+    By default the group whose scale-free slice has the largest sum of sizes. ``scale_free`` shows D3_stu /
+    sqrt|H-bar_ss H-bar_tt H-bar_uu| in loss^(-1/2), and otherwise D3 in loss. Dots mark entries within 2 standard
+    errors of 0.
+    """
+    array = frames.third_at(ds, group, step, scale_free)
+    if array is None:
+        return style.nothing(style.axes(ax, 5.0, 3.0), "no full D3: summarize with order=3")
+    name = style.text(array.attrs["slice"], 30)
+    title = f"{'Scale-free ' if scale_free else ''}D3, slice of {name}, {_when(array)}"
+    return signed(array, ax, title, scale=scale, limit=limit)
+
+
+def change(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    other: xr.Dataset | None = None,
+    step: Any = None,
+    quantity: str = "scale_free",
+    scale: str | None = None,
+) -> Axes:
+    """What changes in a matrix from this Dataset to ``other``, b - a as `compare` has it.
+
+    ``quantity`` is ``"scale_free"`` or ``"D2"``. Without ``other``, from the first to the last checkpoint of a series;
+    ``step`` chooses others, as in `compare`. Dots mark differences within 2 standard errors of 0.
+    """
+    array, title = frames.changed(ds, other, step, quantity)
+    if array is None:
+        return style.nothing(style.axes(ax, 5.0, 3.0), title)
+    return signed(array, ax, title, scale=scale)
+
+
+def signed(
+    array: xr.DataArray, ax: Axes | None, title: str, *, scale: str | None = None, limit: float | None = None
+) -> Axes:
+    """A matrix with its errors, in the paper's colours: dots mark entries within 2 standard errors of 0."""
     values = np.asarray(array.values, dtype=float)
     shown = np.append(values, limit) if limit else values
     norm = style.signed_norm(shown, scale or style.auto_scale(values))
@@ -46,7 +98,7 @@ def matrix(
     _cells(ax, array, norm, style.SIGNED)
     _dots(ax, values, np.asarray(error_of(array).values, dtype=float))
     _colorbar(ax, array, norm)
-    ax.set_title(f"{TITLES[which]}{_regularized(regularization, epsilon)}, {_when(array)}", fontsize="medium")
+    ax.set_title(title, fontsize="medium")
     return ax
 
 
@@ -159,7 +211,7 @@ def _colorbar(ax: Axes, array: xr.DataArray, norm: Normalize) -> None:
     if ticks is not None:
         bar.set_ticks(ticks, labels=[_power(t) for t in ticks])
         bar.ax.minorticks_off()
-    units = {"1": "no unit"}.get(array.attrs["units"], array.attrs["units"])
+    units = style.unit(array.attrs["units"])
     log = "signed log scale\n" if ticks else ""
     bar.set_label(f"{array.attrs['long_name']} [{units}]\n{log}dots: within 2 standard errors of 0", fontsize="small")
 

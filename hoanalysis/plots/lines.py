@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from hoanalysis.analysis.interactions import SHARES, pair_values, shares
+from hoanalysis.analysis.triples import triple_values
 from hoanalysis.plots import frames, style
 
 PAIRS = 6
@@ -55,6 +57,54 @@ def pairs(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, quantity:
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     unit = "H-bar$_{st}$ / |H-bar$_{ss}$ H-bar$_{tt}$|$^{1/2}$ [no unit]" if quantity == "scale_free" else "D2 [loss]"
     return _finish(ax, unit, f"The {frame['pair'].nunique()} strongest pairs of groups", frame)
+
+
+def triples(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, distinct: bool = True) -> Axes:
+    """The strongest triples of groups over the steps: D3_stu / sqrt|H-bar_ss H-bar_tt H-bar_uu| in loss^(-1/2)."""
+    ax = style.axes(ax, 9.5, 3.8)
+    if "D3" not in ds:
+        return style.nothing(ax, "no full D3: summarize with order=3")
+    frame = triple_values(ds, top, distinct=distinct)
+    if frame.empty:
+        return style.nothing(ax, "there is no triple: fewer than three groups, or nothing computed")
+    members = frame[["group", "group2", "group3"]].values.tolist()
+    names = [" \N{MULTIPLICATION SIGN} ".join(style.text(g, 18) for g in row) for row in members]
+    frame = frame.assign(triple=names, value=frame["scale_free"], se=frame["scale_free_se"])
+    _family(ax, frame, "triple")
+    ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    unit = "D3$_{stu}$ / |H-bar$_{ss}$ H-bar$_{tt}$ H-bar$_{uu}$|$^{1/2}$ [loss$^{-1/2}$]"
+    return _finish(ax, unit, f"The {frame['triple'].nunique()} strongest triples of groups", frame)
+
+
+def merging(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """What one learning rate per merged group keeps of the gain of a step, against the number of groups.
+
+    The line is the greedy merging of `suggest_partition`; crosses are the partitions by layer and by kind, with 2
+    standard errors. In a series, the mean over its checkpoints.
+    """
+    ax = style.axes(ax, 7.0, 3.6)
+    if not {"D1", "D2"} <= set(ds.data_vars) or not np.isfinite(ds["D1"].values).any():
+        return style.nothing(ax, "no partition can be suggested: D1 and D2 are not computed")
+    frame = frames.merging(ds)
+    path = frame[frame["name"] == ""]
+    ax.plot(path["groups"], path["kept"], color=style.PALETTE[0], marker="o", ms=3.5, lw=1.5, label="suggested")
+    for k, (name, part) in enumerate(frame[frame["name"] != ""].groupby("name"), 1):
+        bars = (style.BAND * part["se"].fillna(0)).to_numpy(float)
+        ax.errorbar(
+            part["groups"].to_numpy(float),
+            part["kept"].to_numpy(float),
+            yerr=bars,
+            fmt="x",
+            color=style.PALETTE[k],
+            label=f"by {name}",
+        )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("number of groups")
+    ax.set_ylabel("share of g-bar' H-bar$^{-1}$ g-bar kept [no unit]")
+    ax.set_title("What coarser partitions keep of a step's gain", fontsize="medium")
+    ax.grid(color="0.93")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small", frameon=False)
+    return ax
 
 
 def interaction_shares(ds: xr.Dataset, ax: Axes | None = None) -> Axes:

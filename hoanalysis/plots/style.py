@@ -70,6 +70,15 @@ def texts(labels: Any, width: int = 44) -> list[str]:
     return [f"{s} [{i}]" if shown.count(s) > 1 else s for i, s in enumerate(shown)]
 
 
+def unit(units: str) -> str:
+    """The ``units`` attribute as words.
+
+    >>> unit("1")
+    'no unit'
+    """
+    return {"1": "no unit"}.get(units, units)
+
+
 @functools.cache
 def _glyphs() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
