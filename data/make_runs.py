@@ -1,4 +1,4 @@
-"""Train the shipped runs: ``python data/make_runs.py lenet5-mnist`` (or ``gpt-docs``, ``lenet5-mnist-diverged``, ``all``).
+"""Train the shipped runs: ``python data/make_runs.py all``, or one of them by name: ``lenet5-mnist``, ...
 
 ``python data/make_runs.py practice --out FOLDER`` trains ten runs to practise on, five with one planted fault each and
 five healthy ones, which are not shipped: each is a folder of 55 checkpoints with a log and a study (14 MB a run).
@@ -215,7 +215,7 @@ def lenet5_mnist_diverged(folder: Path) -> None:
     write_log(folder, rows)
 
 
-# ---- runs to practise on: not shipped, trained where they are wanted --------------------------------------------------
+# ---- runs to practise on: not shipped, trained where they are wanted ------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,17 @@ keep_batches = 16
 """
 
 
-def practice(folder: Path, fault: Fault = HEALTHY, seed: int = 0, activation: str = "tanh", rate: float = 0.05) -> None:
+def practice(
+    folder: Path,
+    fault: Fault = HEALTHY,
+    seed: int = 0,
+    activation: str = "tanh",
+    rate: float = 0.05,
+    adam: bool = False,
+) -> None:
     """A LeNet-5 on 4,000 MNIST images by SGD (momentum 0.9, weight decay 5e-4) with one fault, six epochs of 40 steps.
+
+    ``adam``: by AdamW instead, with PyTorch's own settings but for the rate.
 
     Kept are the first nine checkpoints of each epoch, which are eight consecutive single steps, and the last. A run
     whose weights overflow ends there. The log's losses are over the first 1,000 training images.
@@ -277,7 +286,9 @@ def practice(folder: Path, fault: Fault = HEALTHY, seed: int = 0, activation: st
     order = torch.randperm(train.n_samples, generator=torch.Generator().manual_seed(seed))
     mislabelled = data.Batches(train.x, train.y[order], train.batch_size)
     groups = [{"params": [p], "name": n} for n, p in model.named_parameters()]
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=5e-4)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=5e-4)
+    if adam:
+        optimizer = torch.optim.AdamW(groups, lr=rate)
     rows: list[dict[str, object]] = []
     step = 0
 

@@ -1,0 +1,384 @@
+"""Where a run broke, and who did it: the signatures of faults in the summaries of its single steps.
+
+| fault | signature | shown by |
+|---|---|---|
+| a group does not move | direction_norm exactly 0 while others move and its gradient is not 0 | to:next, gradient |
+| a group's learning rate | the rate that its steps show is far from that of all others, which agree | update rule |
+| momentum | the momentum that the steps show is over 1: steps grow without end | update rule |
+| weight decay | most of a step is a pull towards 0 that halves the weights within the run | update rule, norms |
+| the data | the loss climbs at first order: the steps do not go down the loss of the given data | D1 |
+| overshoot | the loss climbs at the orders 2 and up: the steps are too long | D1, D2, D3 |
+
+The first four need no rise of the loss. The last two are the two ways in which a loss can rise, and are told where the
+run broke. Thresholds are the constants below, each with its reason; `benchmarks/postmortem.py` measures how often they
+are right.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import factorial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hoanalysis import schema
+from hoanalysis.analysis.arrays import Array, kept_blocks, step_labels, tensor, tensors
+from hoanalysis.analysis.errorbars import error_of_mean
+from hoanalysis.analysis.taylor import highest_order
+from hoanalysis.analysis.training_log import used_at
+from hoanalysis.analysis.update_rule import PAIRS, Chain, chains, update_rule
+from hoanalysis.errors import listed
+
+CLEAR = 2.0  # standard errors at which a number is told from another: the usual 95 %
+#: Of the progress made until then (or of the lowest loss where that is more): a climb that large is not the noise of
+#: batches, which moves the loss by a small share of what is left of it.
+BREAK = 0.25
+FIRST = 0.1  # of the climb: the first step that took this much is where it began
+#: Between a group's learning rate and that of the others. The estimate is low by the sampling noise of the gradient, by
+#: up to 2 and differently by group, and its own error is some 30 %; 5 is beyond both, and less than what breaks a run.
+RATE_RATIO = 5.0
+AGREE = 0.75  # of the groups within RATE_RATIO of the median: otherwise the optimizer has no rate in common (Adam)
+UNSTABLE = 1.0  # momentum: above it the steps grow without end, whatever the loss
+PULL = 0.5  # of a step's squared length along -theta: more than half of the step forgets and less than half learns
+HALF = 0.5  # of the climb of the loss that the first order accounts for, for the data to be the cause
+
+
+class Suspect(NamedTuple):
+    """One thing that could be wrong; see `suspects`."""
+
+    kind: str
+    groups: tuple[str, ...]
+    step: Any
+    score: float
+    alarm: bool
+    statement: str
+
+
+@dataclass(frozen=True)
+class Break:
+    """From the checkpoint at ``position`` (``step``) on, the loss climbed from ``before`` to ``after`` at ``to_step``.
+
+    ``climbs`` are the positions of the single steps of training from there to where the loss is highest, as far as they
+    follow each other; there are none where the first step of the climb, to ``next_step``, is not a single one.
+    """
+
+    position: int
+    step: Any
+    next_step: Any
+    to_step: Any
+    before: float
+    after: float
+    climbs: tuple[int, ...]
+
+    @property
+    def single(self) -> bool:
+        return bool(self.climbs)
+
+
+# ---- where it broke -------------------------------------------------------------------------------------------------
+
+
+def losses(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> tuple[Array, Array]:
+    """The loss of each checkpoint and its error; the last one's, which has no next step, from ``gradient``."""
+    se = schema.error_of(schema.LOSS)
+    value = ds[schema.LOSS].values.astype(float)
+    error = ds[se].values.astype(float) if se in ds else np.full_like(value, np.nan)
+    if gradient is not None:
+        other = gradient.reindex({schema.STEP: step_labels(ds)})
+        value = np.where(np.isfinite(value), value, other[schema.LOSS].values)
+        error = np.where(np.isfinite(error), error, other[se].values) if se in other else error
+    return value, error
+
+
+def break_of(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> Break | None:
+    """The first climb of the loss, from its lowest value so far, that takes back a quarter of the progress; or None."""
+    loss, error = losses(ds, gradient)
+    known = np.flatnonzero(~np.isnan(loss))
+    for n, i in enumerate(known):
+        so_far = known[: n + 1]
+        low = so_far[int(np.argmin(loss[so_far]))]
+        climb = loss[i] - loss[low]
+        noise = CLEAR * np.nan_to_num(np.hypot(error[i], error[low]))
+        if climb > BREAK * max(loss[known[0]] - loss[low], loss[low]) and climb > noise:
+            path = itertools.pairwise(int(k) for k in so_far if low <= k)
+            start, following = next((a, b) for a, b in path if loss[b] - loss[a] > FIRST * climb)
+            return _broken(ds, loss, start, following, int(i))
+    return None
+
+
+def _broken(ds: xr.Dataset, loss: Array, start: int, following: int, seen: int) -> Break:
+    labels = step_labels(ds)
+    chain = next((c.positions for c in chains(ds) if start in c.positions), ())
+    ahead = [i for i in chain if i >= start and np.isfinite(loss[i + 1])]
+    top = max((i + 1 for i in ahead), key=lambda k: loss[k], default=seen)
+    climbs = tuple(i for i in ahead if i < top)
+    return Break(start, labels[start], labels[following], labels[top], float(loss[start]), float(loss[top]), climbs)
+
+
+# ---- who did it -----------------------------------------------------------------------------------------------------
+
+
+def suspects(
+    ds: xr.Dataset,
+    gradient: xr.Dataset | None = None,
+    weights: xr.Dataset | None = None,
+    broke: Break | None = None,
+) -> pd.DataFrame:
+    """What could be wrong with the run, the likeliest first: causes before the overshoot that they lead to.
+
+    Columns: ``kind`` ("does not move", "learning rate", "momentum", "weight decay", "data", "overshoot"), ``groups``
+    (labels, empty where it is the whole run), ``step`` (since when it is seen), ``score`` (the number over its
+    threshold), ``alarm`` (whether it is beyond the threshold and told from it) and ``statement``. Needs a series along
+    ``to:next``; what ``gradient`` and ``weights`` are for is left out without them.
+    """
+    found, paces = _still(ds, gradient), []
+    if gradient is not None:
+        rule = update_rule(ds, gradient, weights)
+        found += _rates(rule)
+        found += _decay(ds, gradient, rule) if weights is not None else []
+        paces = _momentum(rule)
+    found += _told_apart(_ways(ds, broke), paces, broke)
+    found.sort(key=lambda s: (not s.alarm, s.kind == "overshoot", -s.score))
+    return pd.DataFrame(found, columns=Suspect._fields)
+
+
+def _still(ds: xr.Dataset, gradient: xr.Dataset | None) -> list[Suspect]:
+    """Groups whose step is exactly 0, to the end, wherever another group moves: no rate but 0 leaves every entry."""
+    norm = ds["direction_norm"].transpose(schema.STEP, schema.GROUP).values
+    moving = np.flatnonzero((norm > 0).any(axis=1))
+    labels, out = step_labels(ds), []
+    for s, name in enumerate(schema.labels(ds)):
+        still = moving[norm[moving, s] == 0]
+        if not len(still) or (norm[moving[moving >= still[0]], s] > 0).any():
+            continue
+        start = labels[int(still[0])]
+        size = np.nan if gradient is None else _gradient_norm(gradient, [labels[i] for i in still], s)
+        if size == 0:
+            text = f"{name!r} does not move from step {start} on, and has no gradient."
+            out.append(Suspect("does not move", (name,), start, 1.0, False, text))
+            continue
+        although = f", although its gradient is not 0 (norm {size:.2g})" if size > 0 else ""
+        text = f"{name!r} does not move at all from step {start} on{although}: its learning rate is 0."
+        out.append(Suspect("does not move", (name,), start, np.inf, True, text))
+    return out
+
+
+def _gradient_norm(gradient: xr.Dataset, steps: list, s: int) -> float:
+    return float(np.nanmedian(gradient["direction_norm"].isel(group=s).reindex({schema.STEP: steps}).values))
+
+
+def _rates(rule: xr.Dataset) -> list[Suspect]:
+    """Each group's rate beside the median of all; nothing where most do not agree."""
+    found: dict[str, list[Suspect]] = {}
+    for c in range(rule.sizes["chain"]):
+        one = rule.isel(chain=c)
+        rate, error = one["learning_rates"].values, one["learning_rates_se"].values
+        moving = np.isfinite(rate) & (rate != 0)
+        if not moving.any() or not float(one["learning_rate"]) > CLEAR * float(one["learning_rate_se"]):
+            continue
+        middle = float(np.median(rate[moving]))
+        near = (rate < RATE_RATIO * middle) & (rate > middle / RATE_RATIO)
+        if middle <= 0 or (near & moving).sum() < AGREE * moving.sum():
+            continue
+        for s, name in enumerate(rule[schema.GROUP].values.astype(str)):
+            if moving[s]:
+                found.setdefault(str(name), []).append(_rate(str(name), rate[s], error[s], middle, one))
+    return [_earliest(seen) for seen in found.values()]
+
+
+def _earliest(found: list[Suspect]) -> Suspect:
+    """Of several chains the first with an alarm, which says since when; else the nearest to one."""
+    return next((s for s in found if s.alarm), max(found, key=lambda s: s.score))
+
+
+def _rate(name: str, rate: float, error: float, middle: float, one: xr.Dataset) -> Suspect:
+    score = float(abs(np.log(rate / middle)) / np.log(RATE_RATIO)) if rate > 0 else 0.0
+    far = rate - CLEAR * error > RATE_RATIO * middle or rate + CLEAR * error < middle / RATE_RATIO
+    first, last = one["first"].item(), one["last"].item()
+    text = (
+        f"From step {first} to {last} {name!r} moves with the learning rate {_pm(rate, error)}, {rate / middle:.2g} "
+        f"times the {middle:.2g} of the others."
+    )
+    return Suspect("learning rate", (name,), first, score, bool(far), text)
+
+
+def _pm(value: float, error: float, digits: str = ".2g") -> str:
+    return f"{value:{digits}} ± {error:{'.1g' if digits == '.2g' else digits}}"
+
+
+def _momentum(rule: xr.Dataset) -> list[Suspect]:
+    """One for each chain."""
+    out = []
+    for c in range(rule.sizes["chain"]):
+        one = rule.isel(chain=c)
+        value, error, first = float(one["momentum"]), float(one["momentum_se"]), one["first"].item()
+        if np.isfinite(value):
+            low = value - CLEAR * error
+            text = f"From step {first} to {one['last'].item()} the steps show a momentum of {_pm(value, error, '.3f')}"
+            text += ": over 1, so that they grow without end." if low > UNSTABLE else "."
+            out.append(Suspect("momentum", (), first, low / UNSTABLE, low > UNSTABLE, text))
+    return out
+
+
+def _decay(ds: xr.Dataset, gradient: xr.Dataset, rule: xr.Dataset) -> list[Suspect]:
+    """The share of the steps' squared length along -theta, and the steps in which decay alone halves the weights."""
+    labels = step_labels(ds)
+    size = gradient["parameter_norm"].reindex({schema.STEP: labels}).transpose(schema.STEP, schema.GROUP).values ** 2
+    move = ds["direction_norm"].transpose(schema.STEP, schema.GROUP).values ** 2
+    k, error, mu = (rule[n].values for n in ("decay", "decay_se", "momentum"))
+    sure = k - CLEAR * error
+    if not np.isfinite(sure).any():
+        return []
+    # mu and k are told apart in some chains only: both are taken from the one where k is surest
+    c = int(np.nanargmax(sure))
+    halving = float(np.log(2) * (1 - min(mu[c], 1.0)) / k[c]) if k[c] > 0 else np.inf
+    shares = np.array([_pull(chain, size, move) for chain in chains(ds)])
+    most = int(np.argmax(shares))
+    first, last = (rule[n].values[most] for n in ("first", "last"))
+    text = (
+        f"From step {first} to {last} {shares[most]:.0%} of the steps' squared length is a pull of the weights towards "
+        f"0; the steps show a learning rate times weight decay of {k[c]:.1e} ± {error[c]:.0e}, which alone would halve "
+        f"the weights within {halving:.0f} steps."
+    )
+    score = float(min(shares[most] / PULL, (labels[-1] - labels[0]) / halving if halving > 0 else np.inf))
+    return [Suspect("weight decay", (), first, score, bool(score > 1 and sure[c] > 0), text)]
+
+
+def _pull(chain: Chain, size: Array, move: Array) -> float:
+    """Of all groups and steps of a chain, sum (theta.u)^2 / |theta|^2 where theta.u < 0, over sum |u|^2."""
+    along, total = 0.0, 0.0
+    for i in chain.positions:
+        outward = (size[i + 1] - size[i] - move[i]) / 2
+        known = np.isfinite(outward) & (size[i] > 0)
+        along += float((np.minimum(outward[known], 0.0) ** 2 / size[i][known]).sum())
+        total += float(move[i].sum())
+    return along / total if total > 0 else 0.0
+
+
+# ---- the two ways in which a loss rises -----------------------------------------------------------------------------
+
+
+def _ways(ds: xr.Dataset, broke: Break | None) -> list[Suspect]:
+    """Whether the climb of a break is of first order (the data) or of higher orders (overshoot)."""
+    if broke is None:
+        return []
+    if not broke.single:
+        text = (
+            f"The loss climbed between steps {broke.step} and {broke.next_step}, where no single steps were kept: who "
+            f"did it is not seen."
+        )
+        return [Suspect("overshoot", (), broke.step, 0.0, False, text)]
+    first, error = _first_order(ds, broke.climbs)
+    climb, slopes = broke.after - broke.before, _slopes(ds, broke.climbs)
+    share = first / (HALF * climb)
+    data = bool(len(broke.climbs) >= PAIRS and share > 1 and first > CLEAR * np.nan_to_num(error))
+    text = (
+        f"From step {broke.step} to {broke.to_step} the steps go up the loss of the given data at first order "
+        f"({first:+.3g} of {climb:+.3g}, {int((slopes > 0).sum())} of {len(slopes)} groups): they follow other data or "
+        f"labels than these. No learning rate is to blame."
+    )
+    guilty, how = _overshoot(ds, broke)
+    beyond = sum(_sums(ds.isel(step=i))[1:].sum() for i in broke.climbs) / (HALF * climb)
+    return [
+        Suspect("data", (), broke.step, float(share), data, text),
+        Suspect("overshoot", guilty, broke.step, float(max(beyond, 0.0)), not data, how),
+    ]
+
+
+def _sums(one: xr.Dataset) -> Array:
+    """D^(d)[1_S,..,1_S] / d!, d = 1.. : the terms of the whole step."""
+    orders = range(1, highest_order(one) + 1)
+    return np.array([tensor(one, schema.derivative(d)).sum() / factorial(d) for d in orders])
+
+
+def _first_order(ds: xr.Dataset, steps: Sequence[int]) -> tuple[float, float]:
+    """The slopes of all groups summed over several steps, and the error of the sum (the same blocks at every step)."""
+    blocks = [kept_blocks(ds.isel(step=i), ["D1"]) for i in steps]
+    total = float(_slopes(ds, steps).sum())
+    kept = [b for b in blocks if b is not None]
+    if len(kept) < len(blocks) or len({len(b) for b in kept}) > 1:
+        return total, np.nan
+    return total, float(error_of_mean(sum(b.means("D1").sum(1) for b in kept), kept[0].weight))
+
+
+def _slopes(ds: xr.Dataset, steps: Sequence[int]) -> Array:
+    return np.sum([tensor(ds.isel(step=i), "D1") for i in steps], axis=0)
+
+
+def shares_of(t: dict[str, Array]) -> Array:
+    """What each group adds to the predicted change, shape (S,): sum_d (1/d!) sum_{t..} D^(d)[s,t,..]."""
+    first = t[schema.derivative(1)]
+    return np.sum([t[schema.derivative(d)].reshape(len(first), -1).sum(1) / factorial(d) for d in _orders(t)], axis=0)
+
+
+def _orders(t: dict[str, Array]) -> range:
+    return range(1, len(t) + 1)
+
+
+def _overshoot(ds: xr.Dataset, broke: Break) -> tuple[tuple[str, ...], str]:
+    """The groups that make half of what raised the loss at the step where it broke, and how long it had to be."""
+    one = ds.isel(step=broke.position)
+    share = shares_of(tensors(one, [schema.derivative(d) for d in range(1, highest_order(one) + 1)]))
+    order = np.argsort(-share)
+    raised = np.maximum(share[order], 0.0)
+    guilty = [s for s, before in zip(order, np.cumsum(raised) - raised, strict=True) if before < HALF * raised.sum()]
+    names = tuple(schema.labels(one)[s] for s in guilty if share[s] > 0)
+    terms, best = _sums(one), best_multiple(one)
+    start = "starts downhill" if terms[0] < 0 else "already starts uphill, carried by the steps before,"
+    text = (
+        f"The step from {broke.step} to {broke.next_step} {start} (first order {terms[0]:+.3g}, second {terms[1]:+.3g}"
+        f"); {listed(names, 4)} raised the loss most"
+    )
+    return names, text + (f". {best:.2g} of the step would have been best." if np.isfinite(best) else ".")
+
+
+def best_multiple(one: xr.Dataset) -> float:
+    """The smallest tau > 0 where the Taylor polynomial of L(theta + tau u) has a minimum; NaN where it starts uphill or
+    has none ahead. Times the learning rate that was used, it is the one that was needed along this step."""
+    terms = _sums(one)
+    if not terms[0] < 0:
+        return float("nan")
+    roots = np.asarray(np.polynomial.Polynomial([d * float(t) for d, t in enumerate(terms, 1)]).roots())
+    ahead = [float(r.real) for r in roots if abs(r.imag) <= 1e-12 * abs(r) and r.real > 0]
+    return min(ahead, default=float("nan"))
+
+
+def _told_apart(ways: list[Suspect], paces: list[Suspect], broke: Break | None) -> list[Suspect]:
+    """Momentum over 1 and steps that follow other data both climb at first order, and other data push the same way
+    again and again, which the update rule takes for momentum. Only momentum shows it in other chains as well."""
+    start = max((p.step for p in paces if broke is not None and p.step <= broke.step), default=None)
+    elsewhere = [p for p in paces if p.step != start]
+    if any(w.kind == "data" and w.alarm for w in ways):
+        if any(p.alarm for p in elsewhere):
+            ways = [w._replace(alarm=False) if w.kind == "data" else w for w in ways]
+        else:
+            paces = elsewhere
+    return ways + ([_earliest(paces)] if paces else [])
+
+
+# ---- in words -------------------------------------------------------------------------------------------------------
+
+
+def verdict(ranking: pd.DataFrame, broke: Break | None, log: pd.DataFrame | None = None) -> list[str]:
+    """The sentences of a report: where the run broke, and the statements of the alarms; that there is none."""
+    said = []
+    if broke is not None:
+        said.append(
+            f"The run broke at step {broke.step}: the loss climbed from {broke.before:.3g} to {broke.after:.3g} at "
+            f"step {broke.to_step}.{_changed(broke, log)}"
+        )
+    said += list(ranking.loc[ranking["alarm"], "statement"])
+    return said or ["No step broke the run, and its steps show no fault."]
+
+
+def _changed(broke: Break, log: pd.DataFrame | None) -> str:
+    if log is None or "learning_rate" not in log:
+        return ""
+    earlier = log.dropna(subset=["learning_rate"]).query("step < @broke.step")["step"]
+    before, now = used_at(log, earlier.max()) if len(earlier) else None, used_at(log, broke.step)
+    if before is None or now is None or before == now:
+        return ""
+    return f" The log changes the learning rate there, from {before:.3g} to {now:.3g}."
