@@ -1,10 +1,13 @@
 """The engine against nested reverse mode, in float64: every architecture, loss and kind of partition."""
 
+import time
+
 import pytest
 import torch
 
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.tangents import attention, capture
+from hoanalysis.derivatives.tangents.shares import shared_out
 from hoanalysis.partitions import Partition
 from tests.derivatives.cases_tangents import ARCHITECTURES, LOSSES, Case, loss_case, nested
 
@@ -68,6 +71,39 @@ def test_attention_tile_by_tile(name, kind, tile, monkeypatch):
     build = {"layer": Partition.by_layer, "split": lambda m: Partition.split(m, patterns)}
     compare(case, build[kind](case.model) if kind in build else None)
     assert calls
+
+
+@pytest.mark.parametrize("name", ["gpt tied", "cross attention"])
+def test_attention_shared_among_threads(name, monkeypatch):
+    """Exact, the same bits at every call, and torch's threads are put back."""
+    monkeypatch.setattr(attention, "WORTH", 0)
+    torch.set_num_threads(3)
+    case = ARCHITECTURES[name]()
+    compare(case)
+    problem, state, u, partition = case.ready()
+    program = capture(problem, state, case.batch)
+    calls = [program.derivatives(state, u, partition, case.batch, Request(2, diagonal=3)) for _ in range(5)]
+    for again in calls[1:]:
+        torch.testing.assert_close(again.tensors[2], calls[0].tensors[2], rtol=0, atol=0)
+        torch.testing.assert_close(again.diagonals[3], calls[0].diagonals[3], rtol=0, atol=0)
+    assert torch.get_num_threads() == 3
+
+
+def test_shares_keep_order_and_settings():
+    """Results in the order of the pieces, gradients off inside as outside, errors raised, threads put back."""
+
+    def work(pieces):
+        assert not torch.is_grad_enabled()
+        assert torch.get_num_threads() == 1
+        time.sleep(0.02 * (2 in pieces))  # the first share is the last to end
+        return [10 * i for i in pieces]
+
+    torch.set_num_threads(3)
+    with torch.no_grad():
+        assert shared_out(work, range(1, 8), torch.device("cpu")) == [10, 20, 30, 40, 50, 60, 70]
+        with pytest.raises(ZeroDivisionError):
+            shared_out(lambda pieces: [1 // (i - 6) for i in pieces], range(1, 8), torch.device("cpu"))
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from hoanalysis.derivatives.tangents.rules import Local, Stack
 from hoanalysis.derivatives.tangents.rules.linear import Add
 from hoanalysis.derivatives.tangents.rules.product import MatrixProduct
 from hoanalysis.derivatives.tangents.rules.softmax import Softmax
+from hoanalysis.derivatives.tangents.shares import shared_out
 
 TILE = 2**20  # bytes of one stack of a tile: the few that are in use at a time stay in the cache
 WORTH = 2**15  # entries of one head's stack of scores below which the loop over heads costs more than it saves
@@ -127,9 +128,13 @@ def stream(
     size = len(groups)
     fine = _tiles(p, max(8, TILE // (size * p.shape[-1] * p.element_size()) // 8 * 8))
     largest = max((i1 - i0) * (j1 - j0) for i0, i1, j0, j1 in fine)
-    buffers = [q.new_empty(size * largest) for _ in range(5 if second else 3)]
     coarse = _tiles(p, 64)
-    for h in itertools.product(*map(range, p.shape[:-2])):
+
+    def work(heads: Sequence[tuple[int, ...]]) -> list[_Found]:
+        buffers = [q.new_empty(size * largest) for _ in range(5 if second else 3)]
+        return [one(h, buffers) for h in heads]
+
+    def one(h: tuple[int, ...], buffers: list[Tensor]) -> _Found:
         at: tuple[slice | int, ...] = (slice(None), *h)
         head = _Head([x[h] for x in fixed], [x[at] for x in (q, k, v)])
         head.start(coarse)
@@ -141,7 +146,13 @@ def stream(
             out[at][:, i] = head.first(i, j, tile)
             if out2 is not None:
                 out2[at][:, i] = head.second(i, j, tile)
-        head.contract(groups, sums)
+        return head.found()
+
+    for found in shared_out(work, list(itertools.product(*map(range, p.shape[:-2]))), q.device):
+        sums.add2(groups, groups, found.within)
+        sums.add2(groups, groups, found.across, both=True)
+        if found.diagonal is not None:
+            sums.add_diagonal(groups, found.diagonal)
     return Stack(groups, out), None if out2 is None else Stack(groups, out2)
 
 
@@ -238,16 +249,24 @@ class _Head:
         out[at_v].baddbmm_(p.expand(len(v2), -1, -1), v2[:, j])
         return out
 
-    def contract(self, groups: Groups, sums: Sums) -> None:
-        sums.add2(groups, groups, self.gram.matrix())
+    def found(self) -> _Found:
         K, V = self.K.flatten(1), self.V.flatten(1)
-        sums.add2(groups, groups, (self.mu.flatten(1) @ K.T).addmm_(self.nu.flatten(1), V.T), both=True)
+        across = (self.mu.flatten(1) @ K.T).addmm_(self.nu.flatten(1), V.T)
         if self.diagonal is not None:
             (at_k, k2), (at_v, v2) = self.bent[1:]
             self.diagonal += 3 * _dots(self.nu2, self.V)
             self.diagonal[at_k] += 3 * _dots(self.mu[at_k], k2)
             self.diagonal[at_v] += 3 * _dots(self.nu[at_v], v2)
-            sums.add_diagonal(groups, self.diagonal)
+        return _Found(self.gram.matrix(), across, self.diagonal)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one head adds to D2, ``across`` with its transpose, and to the diagonal of D3."""
+
+    within: Tensor
+    across: Tensor
+    diagonal: Tensor | None
 
 
 def _rows(stack: Stack | None, like: Tensor, groups: Groups) -> tuple[slice, Tensor]:
