@@ -4,24 +4,30 @@ computed.
 Importing this module registers the accessor on every `xarray.Dataset`; it imports neither torch nor matplotlib.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
+from hoanalysis.analysis import autopsy as _autopsy
 from hoanalysis.analysis import coarsen as _coarsen
 from hoanalysis.analysis import compare as _compare
+from hoanalysis.analysis import curvature as _curvature
+from hoanalysis.analysis import flatness as _flatness
 from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
 from hoanalysis.analysis import laplace as _laplace
 from hoanalysis.analysis import merge as _merge
+from hoanalysis.analysis import prediction as _prediction
 from hoanalysis.analysis import pruning as _pruning
 from hoanalysis.analysis import regularizer as _regularizer
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
 from hoanalysis.analysis import triples as _triples
+from hoanalysis.analysis import update_rule as _update_rule
 from hoanalysis.analysis.findings import findings
 from hoanalysis.analysis.groups import null_groups
 from hoanalysis.analysis.regularized import Regularization
@@ -90,6 +96,14 @@ class HoAccessor:
         """Eigenvalues of the Hessian compressed to the directions; see `analysis.spectra.spectrum`."""
         return _spectra.spectrum(self._ds)
 
+    def curvature(self) -> xr.Dataset:
+        """Extremes, condition and negative share of that spectrum; see `analysis.curvature.curvature`."""
+        return _curvature.curvature(self._ds)
+
+    def flatness(self) -> xr.Dataset:
+        """Curvature along the scales of the groups, u = weights; see `analysis.flatness.flatness`."""
+        return _flatness.flatness(self._ds)
+
     def saliency(self) -> xr.Dataset:
         """OBD and OBS scores of groups along u = weights; see `analysis.pruning.saliency`."""
         return _pruning.saliency(self._ds)
@@ -110,9 +124,28 @@ class HoAccessor:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
         return null_groups(self._ds)
 
-    def findings(self, log: pd.DataFrame | None = None) -> list[str]:
+    def prediction(self) -> xr.Dataset:
+        """The predicted and the measured change of the loss over each real step; see `analysis.prediction`."""
+        return _prediction.prediction(self._ds)
+
+    def autopsy(
+        self,
+        step: Any = None,
+        *,
+        gradient: xr.Dataset | None = None,
+        weights: xr.Dataset | None = None,
+        log: pd.DataFrame | None = None,
+    ) -> _autopsy.Autopsy:
+        """The terms of one real step, where the run broke and who did it; see `analysis.autopsy.autopsy`."""
+        return _autopsy.autopsy(self._ds, step, gradient=gradient, weights=weights, log=log)
+
+    def update_rule(self, gradient: xr.Dataset, weights: xr.Dataset | None = None) -> xr.Dataset:
+        """Learning rates, momentum and weight decay that the checkpoints show; see `analysis.update_rule`."""
+        return _update_rule.update_rule(self._ds, gradient, weights)
+
+    def findings(self, log: pd.DataFrame | None = None, others: Mapping[str, xr.Dataset] | None = None) -> list[str]:
         """What the summaries say about the run, in sentences; see `analysis.findings.findings`."""
-        return findings(self._ds, log)
+        return findings(self._ds, log, others)
 
     @property
     def plot(self) -> "PlotAccessor":

@@ -11,6 +11,7 @@ import xarray as xr
 
 from hoanalysis.analysis.arrays import Array, labelled, over_checkpoints, require, tensors, with_error
 from hoanalysis.analysis.errorbars import standard_error, why_none
+from hoanalysis.analysis.groups import system
 from hoanalysis.errors import SchemaError
 
 
@@ -18,8 +19,9 @@ def spectrum(ds: xr.Dataset) -> xr.DataArray:
     """The eigenvalues of D2[s,t] / (|U^s| |U^t|), descending along ``eigenvalue`` = 0..S-1, in loss per squared
     parameter.
 
-    Groups with a zero direction add nothing to the span; as many NaN stand at the end. The coordinate ``spectrum_se``
-    is the delete-one jackknife over the kept blocks, eigenvalues matched by rank.
+    Groups with a zero direction add nothing to the span, and those without effect (`groups.null_groups`, where D1 is
+    held) add eigenvalues that are rounding noise; as many NaN stand at the end. The coordinate ``spectrum_se`` is the
+    delete-one jackknife over the kept blocks, eigenvalues matched by rank.
 
     Raises `SchemaError` where D2 or the coordinate ``direction_norm`` is missing.
     """
@@ -35,9 +37,15 @@ def spectrum(ds: xr.Dataset) -> xr.DataArray:
 
 
 def _values_and_errors(one: xr.Dataset) -> Array:
-    norm = np.asarray(one["direction_norm"].values, dtype=float)
+    norm = lengths(one)
     value = eigenvalues(tensors(one, ["D2"])["D2"], norm)
     return np.stack([value, standard_error(one, ["D2"], lambda t: eigenvalues(t["D2"], norm))])
+
+
+def lengths(one: xr.Dataset) -> Array:
+    """|U^s|, shape (S,), 0 for the groups that have no effect."""
+    norm = np.nan_to_num(np.asarray(one["direction_norm"].values, dtype=float))
+    return np.where(system(one).null, 0.0, norm) if "D1" in one else norm
 
 
 def eigenvalues(d2: Array, norm: Array) -> Array:
