@@ -139,9 +139,11 @@ class HoAccessor:
         """The terms of one real step, where the run broke and who did it; see `analysis.autopsy.autopsy`."""
         return _autopsy.autopsy(self._ds, step, gradient=gradient, weights=weights, log=log)
 
-    def update_rule(self, gradient: xr.Dataset, weights: xr.Dataset | None = None) -> xr.Dataset:
+    def update_rule(
+        self, gradient: xr.Dataset, weights: xr.Dataset | None = None, log: pd.DataFrame | None = None
+    ) -> xr.Dataset:
         """Learning rates, momentum and weight decay that the checkpoints show; see `analysis.update_rule`."""
-        return _update_rule.update_rule(self._ds, gradient, weights)
+        return _update_rule.update_rule(self._ds, gradient, weights, log)
 
     def findings(self, log: pd.DataFrame | None = None, others: Mapping[str, xr.Dataset] | None = None) -> list[str]:
         """What the summaries say about the run, in sentences; see `analysis.findings.findings`."""

@@ -1,9 +1,10 @@
-"""What notebook cells show besides figures: sentences and tables, escaped, and the checkpoints at both ends."""
+"""What notebook cells show besides figures: headings, sentences and tables, escaped; the checkpoints at both ends."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import xarray as xr
 from IPython.display import HTML
 
 from hoanalysis import schema
+from hoanalysis.analysis.autopsy import Autopsy, autopsy
+from hoanalysis.analysis.prediction import NEXT, single_steps
 
 LONGEST_CELL, LONGEST_LINE = 300, 1000  # characters
 
@@ -39,6 +42,62 @@ def _line(text: str) -> str:
     """A sentence whole, in a box of its own where names in it are endless."""
     escaped = html.escape(text)
     return escaped if len(text) <= LONGEST_LINE else f'<div class="long">{escaped}</div>'
+
+
+def heading(title: str, *paragraphs: str) -> HTML:
+    """The heading of a section that is there only where there is something to show, and what it shows."""
+    text = "".join(f"<p>{html.escape(readable(p))}</p>" for p in paragraphs)
+    return HTML(f"<h2>{html.escape(readable(title))}</h2>{text}")
+
+
+def series(ds: xr.Dataset, others: Mapping[str, str]) -> dict[str, xr.Dataset]:
+    """Direction -> Dataset: ``ds`` under its own, and the files of ``others`` that are there."""
+    from hoanalysis.store import open_dataset
+
+    found = {direction: open_dataset(file) for direction, file in others.items() if Path(file).exists()}
+    return {**found, str(ds.attrs["direction"]): ds}
+
+
+def autopsy_of(along: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> Autopsy | None:
+    """The autopsy of the run where it broke, or of its worst step; None where no step along ``to:next`` is computed."""
+    ds = along.get(NEXT)
+    if ds is None or schema.STEP not in ds.dims or not {"D1", "D2"} <= set(ds.data_vars) or not single_steps(ds):
+        return None
+    return autopsy(ds, gradient=along.get("gradient"), weights=along.get("weights"), log=log)
+
+
+def rule_table(rule: xr.Dataset) -> pd.DataFrame:
+    """`update_rule` in words: a column for each chain of single steps, each number with its standard error."""
+    columns = {}
+    for c in range(rule.sizes["chain"]):
+        one = rule.isel(chain=c)
+        rows = {
+            "momentum": "momentum",
+            "weight decay x learning rate": "decay",
+            "learning rate of all": "learning_rate",
+        }
+        told = {title: _with_error(one[n].item(), one[f"{n}_se"].item()) for title, n in rows.items()}
+        for group in rule[schema.GROUP].values:
+            rate = one.sel(group=group)
+            told[str(group)] = _with_error(rate["learning_rates"].item(), rate["learning_rates_se"].item())
+        columns[f"steps {one['first'].item()} to {one['last'].item()}"] = told
+    return pd.DataFrame(columns)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.2g} ± {error:.1g}" if np.isfinite(value) else "not told"
+
+
+def checkpoints(ds: xr.Dataset) -> pd.DataFrame:
+    """A row for each checkpoint of a series: its digest (12 digits), the engine, the self-check, the batches."""
+    names = [n for n in ("sha256", "engine", "engine_detail", "self_check", "n_batches") if n in ds.coords or n in ds]
+    frame = pd.DataFrame({n: np.atleast_1d(ds[n].values) for n in names}, index=np.atleast_1d(ds[schema.STEP].values))
+    frame.index.name = schema.STEP
+    return frame.assign(
+        sha256=frame["sha256"].astype(str).str[:12],
+        self_check=[f"{v:.1e}" if np.isfinite(v) else "" for v in frame["self_check"].astype(float)],
+        **{n: frame[n].astype(str) for n in names if n not in ("sha256", "self_check")},
+    )
 
 
 def table(frame: pd.DataFrame) -> HTML:

@@ -1,6 +1,6 @@
 """What the summaries say about a run, in sentences: the top of a report. Plain text; ± is one standard error."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -8,19 +8,25 @@ import xarray as xr
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array, checkpoints, require, step_labels, tensor
+from hoanalysis.analysis.autopsy import Autopsy, autopsy
 from hoanalysis.analysis.groups import system
 from hoanalysis.analysis.interactions import interactions, shares
 from hoanalysis.analysis.merge import merge
+from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
 from hoanalysis.analysis.regularizer import third
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.training_log import used_at
+from hoanalysis.analysis.verdict import best_multiple
 from hoanalysis.errors import SchemaError, listed
 
 CLEAR = 2.0  # standard errors from 0 at which an entry is told from 0
+UPHILL = ("gradient", "momentum", "adam")  # a training step is minus a learning rate times one of these
 
 
-def findings(ds: xr.Dataset, log: pd.DataFrame | None = None) -> list[str]:
+def findings(
+    ds: xr.Dataset, log: pd.DataFrame | None = None, others: Mapping[str, xr.Dataset] | None = None
+) -> list[str]:
     """Sentences about the run, most general first: numbers with their standard errors, names as the model gives them.
 
     Parameters
@@ -29,13 +35,17 @@ def findings(ds: xr.Dataset, log: pd.DataFrame | None = None) -> list[str]:
         Summaries of one checkpoint or of a series; checkpoints not computed yet are counted and left out.
     log
         The training log, with columns ``step`` and ``learning_rate``, where the rates that the run used are known.
+    others
+        The same checkpoints along other directions, by direction: with ``to:next`` the steps that training took are
+        judged, with ``gradient`` and ``weights`` beside it the learning rates, momentum and weight decay they show.
 
     Returns
     -------
     list of str
-        Plain text, not escaped: what the run did; the strongest pair of layers; how much of H-bar lies off its diagonal
-        and off its layers; the learning rates beside the one used; groups without effect, with r = 0, or not told from
-        0; negative curvature; how good the numbers are.
+        Plain text, not escaped: what the run did; where it broke and who did it, and whether its steps were predicted;
+        the strongest pair of layers; how much of H-bar lies off its diagonal and off its layers; the learning rates
+        beside the one used; groups without effect, with r = 0, or not told from 0; negative curvature; how good the
+        numbers are.
     """
     require(ds)
     labels, done = step_labels(ds), _done(ds)
@@ -45,9 +55,10 @@ def findings(ds: xr.Dataset, log: pd.DataFrame | None = None) -> list[str]:
     ends = [first] if done[0] == done[-1] else [first, last]
     said: Iterable[str] = [
         _run(ds, labels, done),
+        *_steps({str(ds.attrs.get("direction")): ds, **(others or {})}, log),
         _strongest_pair(*last),
         _off_diagonal(ends),
-        *[_rates(*end, log) for end in ends],
+        *[_rates(*end, log) for end in ends if ds.attrs.get("direction") in UPHILL],
         _null(*last),
         _without_r(*last),
         _not_told_from_zero(*last),
@@ -103,17 +114,70 @@ def _run(ds: xr.Dataset, labels: list, done: list[int]) -> str:
     told = {i: pm(loss[i], errors[i]) for i in (done[0], done[-1])}
     if len(done) == 1:
         where = f" at step {labels[done[0]]}" if schema.STEP in ds.coords else ""
-        return f"The loss{where} is {told[done[0]]}.{_missing(labels, done)}"
+        return f"The loss{where} is {told[done[0]]}.{_missing(ds, labels, done)}"
     best = done[int(np.nanargmin(loss[done]))]
     lowest = "" if best == done[-1] else f"; it was lowest at step {labels[best]}, {pm(loss[best], errors[best])}"
     return (
         f"From step {labels[done[0]]} to step {labels[done[-1]]} ({len(done)} checkpoints) the loss went from "
-        f"{told[done[0]]} to {told[done[-1]]}{lowest}.{_missing(labels, done)}"
+        f"{told[done[0]]} to {told[done[-1]]}{lowest}.{_missing(ds, labels, done)}"
     )
 
 
-def _missing(labels: list, done: list[int]) -> str:
-    gone = [labels[i] for i in range(len(labels)) if i not in done]
+def _steps(series: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> list[str]:
+    """What the series along ``to:next`` says of the steps that training took; nothing without one."""
+    ds = series.get(NEXT)
+    if ds is None or schema.STEP not in ds.dims or not {"D1", "D2"} <= set(ds.data_vars) or not single_steps(ds):
+        return []
+    found = autopsy(ds, gradient=series.get("gradient"), weights=series.get("weights"), log=log)
+    return [*found.verdict, _worst(found), _predicted(ds), _best(ds, log)]
+
+
+def _worst(found: Autopsy) -> str:
+    largest = ", ".join(f"{t.term} {t.value:+.3g} (order {t.order})" for t in found.terms.head(3).itertuples())
+    return (
+        f"The step from {found.step:g} to {found.to_step:g} changed the loss by {pm(found.measured, found.measured_se)}"
+        f"; the summaries predict {pm(found.predicted, found.predicted_se)}. Its largest terms are {largest}."
+    )
+
+
+def _predicted(ds: xr.Dataset) -> str:
+    told = prediction(ds).isel(step=single_steps(ds))
+    known = np.isfinite(told["measured"].values)
+    if not known.any():
+        return ""
+    within = told["within"].transpose("order", "step").values[:, known].mean(axis=1)
+    shares = ", ".join(f"{share:.0%}" for share in within)
+    error = np.abs(told["unexplained"].transpose("order", "step").values[:, known])
+    better = f"; the last order is nearer than the one before in {(error[-1] < error[-2]).mean():.0%}"
+    what = "single steps" if (told["steps"].values == 1).all() else "moves from checkpoint to checkpoint"
+    return (
+        f"Of {known.sum()} {what}, the Taylor prediction comes within 10 % of the measured change of the loss in "
+        f"{shares} at the orders 1 to {len(within)}{better if len(within) > 1 else ''}."
+    )
+
+
+def _best(ds: xr.Dataset, log: pd.DataFrame | None) -> str:
+    """The learning rate used against the one needed, along the steps that training took."""
+    steps = single_steps(ds)
+    best = np.array([best_multiple(ds.isel(step=i)) for i in steps])
+    known = np.isfinite(best)
+    if not known.any():
+        return ""
+    text = (
+        f"Of these steps {known.sum()} start downhill on the given data and {(best < 1).sum()} are longer than what "
+        f"lowers its loss most: the best multiple is {np.median(best[known]):.2g} in the median"
+    )
+    used = [used_at(log, step_labels(ds)[i]) for i, k in zip(steps, known, strict=True) if k]
+    if None in used:
+        return f"{text}."
+    needed = np.median(best[known] * np.array(used, float))
+    return f"{text}, a learning rate of {needed:.2g} where {np.median(np.array(used, float)):.2g} was used."
+
+
+def _missing(ds: xr.Dataset, labels: list, done: list[int]) -> str:
+    """Checkpoints that are not there, but for those that cannot be: the last one has no next one."""
+    gaps = np.atleast_1d(ds["gap"].values).astype(str) if "gap" in ds.coords else np.full(len(labels), "")
+    gone = [labels[i] for i in range(len(labels)) if i not in done and not gaps[i]]
     return f" {len(gone)} of {len(labels)} checkpoints are not computed: steps {listed(gone, 5)}." if gone else ""
 
 

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from scipy.optimize import lsq_linear
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array, step_labels
 from hoanalysis.analysis.prediction import prediction
+from hoanalysis.analysis.training_log import used_at
 from hoanalysis.errors import ArgumentError
 
 Equations = tuple[Array, Array]
@@ -48,17 +50,22 @@ class Chain:
         return list(self.positions[:-1])
 
 
-def chains(ds: xr.Dataset) -> list[Chain]:
-    """The longest runs of consecutive single steps of a series along ``to:next``."""
+def chains(ds: xr.Dataset, log: pd.DataFrame | None = None) -> list[Chain]:
+    """The longest runs of consecutive single steps of a series along ``to:next``, cut where ``log`` has a step of
+    another learning rate: one rule for each."""
     labels = np.asarray(step_labels(ds), float)
     done = np.isfinite(ds["D1"].transpose(schema.STEP, ...).values).all(axis=1)
     single = done & (np.append(np.diff(labels), np.nan) == 1)
-    starts = np.flatnonzero(single & ~np.append(False, single[:-1]))
-    ends = np.flatnonzero(single & ~np.append(single[1:], False))
+    rate = np.array([used_at(log, step) or 0.0 for step in labels])
+    cut = np.append(True, rate[1:] != rate[:-1])
+    starts = np.flatnonzero(single & (~np.append(False, single[:-1]) | cut))
+    ends = np.flatnonzero(single & (~np.append(single[1:], False) | np.append(cut[1:], True)))
     return [Chain(tuple(range(a, b + 1))) for a, b in zip(starts, ends, strict=True)]
 
 
-def update_rule(ds: xr.Dataset, gradient: xr.Dataset, weights: xr.Dataset | None = None) -> xr.Dataset:
+def update_rule(
+    ds: xr.Dataset, gradient: xr.Dataset, weights: xr.Dataset | None = None, log: pd.DataFrame | None = None
+) -> xr.Dataset:
     """What consecutive checkpoints show of the optimizer, chain by chain of single steps.
 
     Parameters
@@ -67,6 +74,8 @@ def update_rule(ds: xr.Dataset, gradient: xr.Dataset, weights: xr.Dataset | None
         Summaries along ``to:next``, of order 2 or more.
     gradient, weights
         Summaries of the same checkpoints along these directions. Without ``weights``, weight decay is not told.
+    log
+        The training log, with columns ``step`` and ``learning_rate``: chains are cut where it changes the rate.
 
     Returns
     -------
@@ -82,7 +91,7 @@ def update_rule(ds: xr.Dataset, gradient: xr.Dataset, weights: xr.Dataset | None
         The Datasets are not series over the same groups along these directions.
     """
     parts = _Parts(ds, gradient, weights)
-    found = chains(ds)
+    found = chains(ds, log)
     s = ds.sizes[schema.GROUP]
     values = np.full((len(found), 2, s + 3), np.nan)
     counts = []

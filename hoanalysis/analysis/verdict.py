@@ -25,12 +25,12 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, kept_blocks, step_labels, tensor, tensors
+from hoanalysis.analysis.arrays import Array, kept_blocks, step_labels, tensor
+from hoanalysis.analysis.contributions import shares
 from hoanalysis.analysis.errorbars import error_of_mean
 from hoanalysis.analysis.taylor import highest_order
 from hoanalysis.analysis.training_log import used_at
 from hoanalysis.analysis.update_rule import PAIRS, Chain, chains, update_rule
-from hoanalysis.errors import listed
 
 CLEAR = 2.0  # standard errors at which a number is told from another: the usual 95 %
 #: Of the progress made until then (or of the lowest loss where that is more): a climb that large is not the noise of
@@ -126,6 +126,7 @@ def suspects(
     gradient: xr.Dataset | None = None,
     weights: xr.Dataset | None = None,
     broke: Break | None = None,
+    log: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """What could be wrong with the run, the likeliest first: causes before the overshoot that they lead to.
 
@@ -136,9 +137,9 @@ def suspects(
     """
     found, paces = _still(ds, gradient), []
     if gradient is not None:
-        rule = update_rule(ds, gradient, weights)
+        rule = update_rule(ds, gradient, weights, log)
         found += _rates(rule)
-        found += _decay(ds, gradient, rule) if weights is not None else []
+        found += _decay(ds, gradient, rule, chains(ds, log)) if weights is not None else []
         paces = _momentum(rule)
     found += _told_apart(_ways(ds, broke), paces, broke)
     found.sort(key=lambda s: (not s.alarm, s.kind == "overshoot", -s.score))
@@ -223,7 +224,7 @@ def _momentum(rule: xr.Dataset) -> list[Suspect]:
     return out
 
 
-def _decay(ds: xr.Dataset, gradient: xr.Dataset, rule: xr.Dataset) -> list[Suspect]:
+def _decay(ds: xr.Dataset, gradient: xr.Dataset, rule: xr.Dataset, parts: Sequence[Chain]) -> list[Suspect]:
     """The share of the steps' squared length along -theta, and the steps in which decay alone halves the weights."""
     labels = step_labels(ds)
     size = gradient["parameter_norm"].reindex({schema.STEP: labels}).transpose(schema.STEP, schema.GROUP).values ** 2
@@ -235,16 +236,17 @@ def _decay(ds: xr.Dataset, gradient: xr.Dataset, rule: xr.Dataset) -> list[Suspe
     # mu and k are told apart in some chains only: both are taken from the one where k is surest
     c = int(np.nanargmax(sure))
     halving = float(np.log(2) * (1 - min(mu[c], 1.0)) / k[c]) if k[c] > 0 else np.inf
-    shares = np.array([_pull(chain, size, move) for chain in chains(ds)])
-    most = int(np.argmax(shares))
+    pulls = np.array([_pull(chain, size, move) for chain in parts])
+    most = int(np.argmax(pulls))
     first, last = (rule[n].values[most] for n in ("first", "last"))
     text = (
-        f"From step {first} to {last} {shares[most]:.0%} of the steps' squared length is a pull of the weights towards "
-        f"0; the steps show a learning rate times weight decay of {k[c]:.1e} ± {error[c]:.0e}, which alone would halve "
-        f"the weights within {halving:.0f} steps."
+        f"From step {first} to {last} {pulls[most]:.0%} of the steps' squared length is a pull of the weights towards "
+        f"0; the steps show a learning rate times weight decay of {k[c]:.1e} ± {error[c]:.0e}"
     )
-    score = float(min(shares[most] / PULL, (labels[-1] - labels[0]) / halving if halving > 0 else np.inf))
-    return [Suspect("weight decay", (), first, score, bool(score > 1 and sure[c] > 0), text)]
+    score = float(min(pulls[most] / PULL, (labels[-1] - labels[0]) / halving if halving > 0 else np.inf))
+    alarm = bool(score > 1 and sure[c] > 0)
+    text += f", which alone halves the weights in {halving:.0f} steps." if alarm else "."
+    return [Suspect("weight decay", (), first, score, alarm, text)]
 
 
 def _pull(chain: Chain, size: Array, move: Array) -> float:
@@ -276,15 +278,15 @@ def _ways(ds: xr.Dataset, broke: Break | None) -> list[Suspect]:
     share = first / (HALF * climb)
     data = bool(len(broke.climbs) >= PAIRS and share > 1 and first > CLEAR * np.nan_to_num(error))
     text = (
-        f"From step {broke.step} to {broke.to_step} the steps go up the loss of the given data at first order "
-        f"({first:+.3g} of {climb:+.3g}, {int((slopes > 0).sum())} of {len(slopes)} groups): they follow other data or "
-        f"labels than these. No learning rate is to blame."
+        f"From step {broke.step} to {broke.to_step} the first order adds {first:+.3g} of the {climb:+.3g} by which the "
+        f"loss climbed, uphill in {int((slopes > 0).sum())} of {len(slopes)} groups"
     )
+    text += ": the steps follow other data or labels than these. No learning rate is to blame." if data else "."
     guilty, how = _overshoot(ds, broke)
-    beyond = sum(_sums(ds.isel(step=i))[1:].sum() for i in broke.climbs) / (HALF * climb)
+    beyond = (climb - first) / (HALF * climb)
     return [
         Suspect("data", (), broke.step, float(share), data, text),
-        Suspect("overshoot", guilty, broke.step, float(max(beyond, 0.0)), not data, how),
+        Suspect("overshoot", guilty, broke.step, float(beyond), bool(beyond > 1), how),
     ]
 
 
@@ -308,31 +310,22 @@ def _slopes(ds: xr.Dataset, steps: Sequence[int]) -> Array:
     return np.sum([tensor(ds.isel(step=i), "D1") for i in steps], axis=0)
 
 
-def shares_of(t: dict[str, Array]) -> Array:
-    """What each group adds to the predicted change, shape (S,): sum_d (1/d!) sum_{t..} D^(d)[s,t,..]."""
-    first = t[schema.derivative(1)]
-    return np.sum([t[schema.derivative(d)].reshape(len(first), -1).sum(1) / factorial(d) for d in _orders(t)], axis=0)
-
-
-def _orders(t: dict[str, Array]) -> range:
-    return range(1, len(t) + 1)
-
-
 def _overshoot(ds: xr.Dataset, broke: Break) -> tuple[tuple[str, ...], str]:
     """The groups that make half of what raised the loss at the step where it broke, and how long it had to be."""
     one = ds.isel(step=broke.position)
-    share = shares_of(tensors(one, [schema.derivative(d) for d in range(1, highest_order(one) + 1)]))
-    order = np.argsort(-share)
-    raised = np.maximum(share[order], 0.0)
-    guilty = [s for s, before in zip(order, np.cumsum(raised) - raised, strict=True) if before < HALF * raised.sum()]
-    names = tuple(schema.labels(one)[s] for s in guilty if share[s] > 0)
+    raised = shares(one).query("share > 0")
+    before = raised["share"].cumsum() - raised["share"]
+    guilty = raised[before < HALF * raised["share"].sum()]
+    told = [f"{g.group!r} ({g.share:+.2g} ± {g.share_se:.1g})" for g in guilty.head(4).itertuples()]
     terms, best = _sums(one), best_multiple(one)
     start = "starts downhill" if terms[0] < 0 else "already starts uphill, carried by the steps before,"
     text = (
         f"The step from {broke.step} to {broke.next_step} {start} (first order {terms[0]:+.3g}, second {terms[1]:+.3g}"
-        f"); {listed(names, 4)} raised the loss most"
+        f"); {', '.join(told) or 'no group'} raised the loss most"
     )
-    return names, text + (f". {best:.2g} of the step would have been best." if np.isfinite(best) else ".")
+    return tuple(guilty["group"]), text + (
+        f". {best:.2g} of the step would have been best." if np.isfinite(best) else "."
+    )
 
 
 def best_multiple(one: xr.Dataset) -> float:
@@ -370,7 +363,10 @@ def verdict(ranking: pd.DataFrame, broke: Break | None, log: pd.DataFrame | None
             f"The run broke at step {broke.step}: the loss climbed from {broke.before:.3g} to {broke.after:.3g} at "
             f"step {broke.to_step}.{_changed(broke, log)}"
         )
-    said += list(ranking.loc[ranking["alarm"], "statement"])
+    alarms = list(ranking.loc[ranking["alarm"], "statement"])
+    if broke is not None and not alarms:
+        alarms = list(ranking.loc[ranking["kind"].isin(("data", "overshoot")), "statement"])
+    said += alarms
     return said or ["No step broke the run, and its steps show no fault."]
 
 

@@ -7,6 +7,7 @@ from hoanalysis.plots.dots import learning_rates, regularizer
 from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import interaction_shares as shares
 from hoanalysis.plots.lines import loss, merging, pairs, spectrum, taylor, trajectories, triples
+from hoanalysis.plots.waterfall import prediction, waterfall
 
 __all__ = [
     "blocks",
@@ -17,6 +18,7 @@ __all__ = [
     "matrix",
     "merging",
     "pairs",
+    "prediction",
     "regularizer",
     "shares",
     "spectrum",
@@ -24,4 +26,5 @@ __all__ = [
     "third",
     "trajectories",
     "triples",
+    "waterfall",
 ]

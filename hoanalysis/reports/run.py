@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ def report(
         in the folder of the report, with the kernel that it names.
     parameters
         Values for that cell, over those of the study: numbers, text, lists and tables of them. Of ``dataset`` (the
-        netCDF), ``log``, ``title`` and ``study`` the notebook is given what its cell declares.
+        netCDF), ``others`` (direction -> netCDF of the study's further directions), ``log``, ``title`` and ``study``
+        the notebook is given what its cell declares.
     timeout
         Seconds that one cell may take.
 
@@ -168,11 +170,19 @@ def _summed_up(outcomes: Sequence[Outcome], failed: Sequence[Outcome], index: Pa
 def _prepared(spec: StudySpec, folder: Path, notebook: str | Path | None, parameters: Mapping[str, Any]) -> Prepared:
     named = spec.folder / spec.report.notebook if spec.report.notebook else builtin_notebook()
     automatic: dict[str, Any] = {"dataset": DATASET, "title": spec.name, "study": spec.name}
+    if others := _others(spec):
+        automatic["others"] = others
     if spec.checkpoints.log is not None:
         log = spec.folder / spec.checkpoints.folder / spec.checkpoints.log
         automatic["log"] = os.path.relpath(os.path.realpath(log), os.path.realpath(folder))
     path = Path(notebook) if notebook is not None else named
     return prepare(path, {**spec.report.parameters, **parameters}, automatic)
+
+
+def _others(spec: StudySpec) -> dict[str, str]:
+    """Direction -> netCDF of the study's further directions, in its first partition; named as `compute` names them."""
+    (_, *directions), partition = spec.summaries.directions, spec.summaries.partitions[0]
+    return {d: f"summaries-{re.sub(r'[^A-Za-z0-9_.]+', '-', f'{d}-{partition}')}.nc" for d in directions}
 
 
 _NOTHING = "the direction 'to:next' needs a checkpoint that follows"
@@ -186,7 +196,7 @@ def _one(spec: StudySpec, prepared: Prepared, outcome: Outcome, timeout: float, 
             raise outcome.error or ReportError("the study asks for no summary", where=shown(spec.path), why=_NOTHING)
         outcome.dataset = outcome.folder / DATASET
         ds = datasets[outcome.dataset]
-        outcome.findings = findings(ds, spec.log())
+        outcome.findings = findings(ds, spec.log(), _of_other_directions(ds, datasets))
         outcome.losses = np.atleast_1d(ds["loss"].values).tolist()
         say(f"{outcome.name}: executing {prepared.path.name}")
         _render(prepared, outcome, timeout)
@@ -194,6 +204,12 @@ def _one(spec: StudySpec, prepared: Prepared, outcome: Outcome, timeout: float, 
         outcome.error = outcome.error or error
     except Exception as error:
         outcome.error = outcome.error or _unexpected(error)
+
+
+def _of_other_directions(ds: xr.Dataset, datasets: Mapping[Path, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The Datasets of the same partition along other directions."""
+    same = [other for other in datasets.values() if other.attrs["partition"] == ds.attrs["partition"]]
+    return {other.attrs["direction"]: other for other in same if other is not ds}
 
 
 def _render(prepared: Prepared, outcome: Outcome, timeout: float) -> None:
