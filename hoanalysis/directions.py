@@ -161,11 +161,25 @@ def gradient(
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> dict[str, Tensor]:
     """The gradient of L at ``state`` over the data, accumulated in float64, in the dtype of the parameters."""
-    leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
-    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.items()}
+    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in state.parameters.items()}
     weight = 0.0
+    for w, grads in batch_gradients(problem, state, max_batches, progress):
+        for n, g in grads.items():
+            total[n] += g.double() * (1.0 if problem.reduction == "sum" else w)
+        weight += w
+    scale = 1.0 if problem.reduction == "sum" else 1 / weight
+    return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
+
+
+def batch_gradients(
+    problem: Problem,
+    state: State,
+    max_batches: int | None = None,
+    progress: Callable[[Iterator], Iterator] = iter,
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """The weight and the gradient of every batch, without the parameters that it does not use."""
+    leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
     for index, raw in enumerate(progress(problem.batches(max_batches))):
-        w = problem.size(raw)
         with naming_batch(index):
             loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
         if not loss.requires_grad:
@@ -175,12 +189,7 @@ def gradient(
                 do="let the loss use the model that it is given, and keep it attached",
             )
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        for n, g in zip(leaves, grads, strict=True):
-            if g is not None:
-                total[n] += g.double() * (1.0 if problem.reduction == "sum" else w)
-        weight += w
-    scale = 1.0 if problem.reduction == "sum" else 1 / weight
-    return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
+        yield problem.size(raw), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

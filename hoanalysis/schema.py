@@ -123,6 +123,11 @@ def blocks_of(variable: str) -> str:
     return f"{variable}_batch"
 
 
+def influence_of(variable: str) -> str:
+    """What blocks add to ``blocks_of(variable)`` through the direction; in units of a store only."""
+    return f"{variable}_influence"
+
+
 def orders(ds: xr.Dataset) -> list[int]:
     """The orders whose full tensor the Dataset holds."""
     found = (re.fullmatch(r"D([1-9]\d*)", str(name)) for name in ds.data_vars)

@@ -75,6 +75,7 @@ class SummariesTable(_Table):
     seed: int = 0
     measure: list[Literal["along", "removed", "pairs"]] = []
     taus: list[float] | None = Field(None, min_length=1)
+    errors: Literal["conditional", "unconditional"] = "conditional"
 
 
 class ReportTable(_Table):

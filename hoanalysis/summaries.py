@@ -23,6 +23,7 @@ from hoanalysis.checkpoints.load import content_sha256
 from hoanalysis.derivatives import engines, nested
 from hoanalysis.derivatives.accumulate import accumulate, stopping
 from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.influence import influence
 from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.directions import LAST, OF_GRADIENT, Direction, Recipe, default_taus, digest, file_of, group_norms
@@ -58,6 +59,7 @@ class Settings:
     seed: int = 0
     measure: Sequence[str] = ()
     taus: Sequence[float] | None = None
+    errors: str = "conditional"
 
     @property
     def request(self) -> Request:
@@ -83,6 +85,7 @@ def summarize(
     seed: int = Settings.seed,
     measure: Sequence[str] = Settings.measure,
     taus: Sequence[float] | None = Settings.taus,
+    errors: str = Settings.errors,
     progress: bool = True,
 ) -> xr.Dataset:
     """The summaries D^(1) .. D^(order) of the loss over the data, with standard errors.
@@ -90,7 +93,7 @@ def summarize(
         D^(d)[s1..sd] = d^d L / dT_s1 .. dT_sd (theta) [U^s1, .., U^sd]       shape (S,)*d, unit of the loss
 
     L is the weighted mean (or sum, see `Problem`) over the batches, U^s the part of the direction u in group s. The
-    standard error over n batches of weight w_b is conditional on u:
+    standard error over n batches of weight w_b is conditional on u (unless ``errors`` says otherwise):
 
         se^2 = n/(n-1) sum_b w_b^2 (x_b - x)^2 / (sum_b w_b)^2
 
@@ -141,6 +144,10 @@ def summarize(
     taus
         Multiples of u for ``"along"``. None: from 0.125 to 4, and -0.25 to -1; for gradient, momentum and adam, of
         which a training step is -eta u, minus the learning rates from 1e-4 to 3.
+    errors
+        ``"unconditional"``: where u is the gradient of the same data, the errors of the derivatives, and through the
+        kept blocks those of whatever is derived, include how the data act through u. They are then errors over the
+        kept blocks, and cost C(S+d-2, d-1) more backward passes a batch (S for D2). See docs/errors.md.
     progress
         Show a progress bar.
 
@@ -156,7 +163,7 @@ def summarize(
     """
     settings = Settings(
         order, direction, partition, diagonal, engine, dtype, memory, max_batches, tolerance, keep_batches,
-        include_frozen, self_check, seed, measure, taus,
+        include_frozen, self_check, seed, measure, taus, errors,
     )  # fmt: skip
     work = Work(problem, settings)
     loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
@@ -350,13 +357,19 @@ class Work:
             "tolerance": s.tolerance,
             "keep_batches": s.keep_batches,
             "self_check": s.self_check,
-            **self._measure_key(),
+            **self._optional_key(),
         }
 
-    def _measure_key(self) -> dict[str, Any]:
-        """Nothing where nothing is measured, so that units of older versions keep their keys."""
+    def _optional_key(self) -> dict[str, Any]:
+        """Nothing where nothing is asked for, so that units of older versions keep their keys."""
         m = self.measure
-        return ({"measure": list(m.what)} if m.what else {}) | ({"taus": list(m.taus)} if m.taus else {})
+        measured = ({"measure": list(m.what)} if m.what else {}) | ({"taus": list(m.taus)} if m.taus else {})
+        return measured | ({"errors": "unconditional"} if self.unconditional else {})
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether the data's influence on the direction is to be computed: only the gradient depends on them."""
+        return self.settings.errors == "unconditional" and self.direction_name == "gradient"
 
     def steps(self, run: Run) -> list[dict[str, Any]]:
         """Label, digest and unit keys of each checkpoint of a run."""
@@ -409,6 +422,8 @@ class Work:
             "torch_threads": torch.get_num_threads(),
             "direction": u.provenance,
         }
+        if self.unconditional:
+            sums.influence = influence(engine, sums, s.max_batches, lambda it: _bar(it, progress, "influence"))
         if s.tolerance is not None:
             facts["stopping"] = stopping(sums, s.tolerance)
         return sums.unit(norms, facts)
@@ -511,7 +526,7 @@ class Work:
             "keep_batches": s.keep_batches,
             "engine": s.engine,
             "seed": s.seed,
-            **self._measure_key(),
+            **self._optional_key(),
             **{k: v for k, v in self.problem.description().items() if k != "model_repr"},
         }
 
@@ -522,7 +537,7 @@ class Work:
             "data": self.problem.fingerprint(s.max_batches) if s.max_batches is None or s.max_batches > 0 else "",
             "partition_fingerprint": p.fingerprint(),
             "frozen": list(p.frozen),
-            "standard_errors": "conditional on the direction",
+            "standard_errors": self._standard_errors(),
             "problem_notes": [n for n in self.problem.notes if n],
         }
         return {
@@ -531,12 +546,18 @@ class Work:
             "direction": self.direction_name,
             "partition": p.name,
             "dtype": str(self.dtype or next(self.problem.model.parameters()).dtype).removeprefix("torch."),
+            "standard_errors": self._standard_errors(),
             "creation_library": "hoanalysis",
             "creation_library_version": __version__,
             "torch_version": str(torch.__version__),
             "torch_threads": torch.get_num_threads(),
             "provenance": json.dumps(provenance, sort_keys=True),
         }
+
+    def _standard_errors(self) -> str:
+        if self.unconditional:
+            return "unconditional: with what the data do through the direction, over the kept blocks"
+        return "conditional on the direction"
 
 
 # ---- checks of the settings -------------------------------------------------------------------------------------
@@ -553,6 +574,17 @@ def _checked(s: Settings) -> Settings:
         raise ArgumentError(f"max_batches must be at least 1, not {s.max_batches}")
     if s.keep_batches < 0 or s.keep_batches == 1:
         raise ArgumentError(f"keep_batches must be 0, or at least 2 blocks, not {s.keep_batches}")
+    if s.errors not in ("conditional", "unconditional"):
+        raise ArgumentError(f"errors are 'conditional' or 'unconditional', not {s.errors!r}")
+    if s.errors == "unconditional" and s.direction == "gradient":
+        if s.keep_batches == 0:
+            raise ArgumentError("unconditional errors are errors over kept blocks", do="add keep_batches=20")
+        if s.tolerance is not None:
+            raise ArgumentError(
+                "a tolerance stops by errors that are conditional on u",
+                why="u is the gradient over all batches, and the pass would end before",
+                do="leave out tolerance or errors='unconditional'",
+            )
     if s.tolerance is not None and not s.tolerance > 0:
         raise ArgumentError(f"tolerance is a relative standard error above 0, not {s.tolerance}")
     return s

@@ -9,7 +9,9 @@ with c the value of the unit's first batch, so that the variance does not drown 
     mean m = x_sum / sum w          se^2 = n/(n-1) sum w^2 (x - m)^2 / (sum w)^2
 
 and the sums of two shards add after moving to a common center. With ``keep_batches = K`` it also holds the sums over at
-most K contiguous blocks of batches. Nothing here needs torch: a store is read, and its Dataset assembled, without it.
+most K contiguous blocks of batches, and where errors are to be unconditional ``x_influence``, what the blocks add to
+these through the direction (`hoanalysis.derivatives.influence`): the standard error is then that of the sum of the two
+over the blocks. Nothing here needs torch: a store is read, and its Dataset assembled, without it.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Accumulator:
         self._blocks: list[tuple[float, dict[str, Array]]] = []
         self._block_length = 1
         self._in_block = 0
+        #: Un-normalised sums over the blocks that are added to theirs, for errors that are unconditional.
+        self.influence: dict[str, Array] = {}
 
     def add(self, values: Values, weight: float, rows: int) -> None:
         """Add the means of one batch, taken over ``weight`` terms of ``rows`` samples."""
@@ -76,6 +80,14 @@ class Accumulator:
             self._blocks[-1] = (w + weight, {k: s + weight * values[k] for k, s in sums.items()})
         self._in_block = (self._in_block + 1) % self._block_length
 
+    def block_weights(self) -> Array:
+        """The weights of the kept blocks."""
+        return np.array([w for w, _ in self._blocks])
+
+    def block_of(self, index: int) -> int:
+        """The kept block that the batch of this 0-based index is in."""
+        return index // self._block_length
+
     def relative_error(self, name: str, share: float = 0.1) -> float:
         """The largest relative standard error among the entries of at least ``share`` of the largest entry."""
         if self.n_batches < 2:
@@ -105,7 +117,10 @@ class Accumulator:
             data[f"{k}_dev1"] = (dims, self.dev1[k])
             data[f"{k}_dev2"] = (dims, self.dev2[k])
         if self._blocks:
-            data[schema.WEIGHT] = (schema.BATCH, np.array([w for w, _ in self._blocks]))
+            data[schema.WEIGHT] = (schema.BATCH, self.block_weights())
+            for k, values in self.influence.items():
+                dims = (schema.BATCH, *schema.group_dims(values.ndim - 1))
+                data[schema.influence_of(k)] = (dims, np.asarray(values, dtype=np.float64))
             for k in self.sums:
                 stack = np.stack([sums[k] for _, sums in self._blocks])
                 data[schema.blocks_of(k)] = ((schema.BATCH, *schema.dims_of(k, stack.ndim - 1)), stack)
@@ -131,6 +146,15 @@ def _mean_and_error(
         se = np.sqrt(np.divide(n, n - 1) * np.maximum(spread, 0)) / w if n > 1 else np.full_like(mean, np.nan)
     scale = w if reduction == "sum" else 1.0
     return mean * scale, se * scale
+
+
+def _error_over_blocks(sums: Array, weights: Array) -> Array:
+    """sqrt( n/(n-1) sum_k (sums_k - w_k mean)^2 ) / sum w over the n blocks."""
+    n, w = len(weights), weights.reshape(-1, *[1] * (sums.ndim - 1))
+    if n < 2:
+        return np.full(sums.shape[1:], np.nan)
+    away = sums - w * sums.sum(0) / weights.sum()
+    return np.sqrt(n / (n - 1) * np.square(away).sum(0)) / weights.sum()
 
 
 # ---- adding shards ----------------------------------------------------------------------------------------------
@@ -193,7 +217,12 @@ def summary(unit: xr.Dataset, reduction: str = "mean") -> Row:
         mean, se = _mean_and_error(total, center, dev1, dev2, totals, reduction)
         row[k], row[schema.error_of(k)] = (dims, mean), (dims, se)
         if (blocks := schema.blocks_of(k)) in v:
-            row[blocks] = (v[blocks].dims, v[blocks].values)
+            kept = v[blocks].values
+            if (added := schema.influence_of(k)) in v:
+                kept = kept + v[added].values
+                scale = totals[1] if reduction == "sum" else 1.0
+                row[schema.error_of(k)] = (dims, scale * _error_over_blocks(kept, v[schema.WEIGHT].values))
+            row[blocks] = (v[blocks].dims, kept)
     if schema.WEIGHT in v:
         # A sum over the data is the mean times 1: dividing by weights of total 1 keeps the blocks' rule for both.
         w = v[schema.WEIGHT].values
@@ -238,7 +267,8 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
         "n_samples": int(np.max(samples)),
         "coverage": float(np.sum(read_units)) / max(wanted, 1),
     }
-    return xr.Dataset(_described(row), _described(coords), attrs)
+    conditional = not str(attrs.get("standard_errors", "")).startswith("unconditional")
+    return xr.Dataset(_described(row, conditional), _described(coords, conditional), attrs)
 
 
 def _row(
@@ -322,11 +352,15 @@ def _group_coords(groups: Mapping[str, Sequence[Any]], dims: set[str]) -> Row:
     return coords
 
 
-def _described(row: Row) -> dict[str, tuple[tuple[Any, ...], Array, dict[str, str]]]:
+def _described(row: Row, conditional: bool) -> dict[str, tuple[tuple[Any, ...], Array, dict[str, str]]]:
     """With ``long_name`` and ``units``. Derivatives with respect to eta have the unit of the loss."""
-    return {
-        k: (dims, values, {"long_name": _described_name(k), "units": _unit(k)}) for k, (dims, values) in row.items()
-    }
+    out = {}
+    for k, (dims, values) in row.items():
+        attrs = {"long_name": _described_name(k), "units": _unit(k)}
+        if k.endswith("_se") and ((conditional and k.startswith("D")) or k.startswith("change_")):
+            attrs["conditional_on"] = "the direction u"
+        out[k] = (dims, values, attrs)
+    return out
 
 
 def _described_name(name: str) -> str:

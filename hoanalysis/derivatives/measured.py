@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hoanalysis import schema
-from hoanalysis.derivatives.engines import Engine, Task, even
-from hoanalysis.problem import Batch, count_rows
+from hoanalysis.derivatives.chunks import chunks
+from hoanalysis.derivatives.engines import Engine, Task
+from hoanalysis.problem import Batch
 
 #: What can be measured, and the name of the quantity that holds it.
 MEASURES = {
@@ -49,17 +50,10 @@ def measured(engine: Engine, measure: Measure, batch: Batch) -> dict[str, np.nda
     """
     if not measure.what:
         return {}
-    problem, rows = engine.task.problem, count_rows(batch)
-    step = even(rows, min(engine.rows or rows, engine.affordable(batch)))
-    if step == rows:
-        return _changes(engine.task, measure, batch)
-    whole, total = problem.size(batch), None
-    for i in range(0, rows, step):
-        part = problem.take_rows(batch, i, min(i + step, rows))
-        share = 1.0 if problem.reduction == "sum" else problem.size(part) / whole
-        changes = {k: share * v for k, v in _changes(engine.task, measure, part).items()}
-        total = changes if total is None else {k: v + changes[k] for k, v in total.items()}
-    assert total is not None
+    total: dict[str, np.ndarray] = {}
+    for part, share in chunks(engine, batch):
+        changes = _changes(engine.task, measure, part)
+        total = {k: total.get(k, 0.0) + share * v for k, v in changes.items()}
     return total
 
 
