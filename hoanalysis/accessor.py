@@ -26,6 +26,7 @@ from hoanalysis.analysis import regularizer as _regularizer
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
+from hoanalysis.analysis import taylor_step as _taylor_step
 from hoanalysis.analysis import triples as _triples
 from hoanalysis.analysis import update_rule as _update_rule
 from hoanalysis.analysis.findings import findings
@@ -47,6 +48,10 @@ class HoAccessor:
     def learning_rates(self, regularization: Regularization = None, epsilon: float = 1.0) -> xr.Dataset:
         """The rates of theta - sum_s eta_s U^s with H-bar_reg eta = g-bar; see `analysis.steps.learning_rates`."""
         return _steps.learning_rates(self._ds, regularization, epsilon)
+
+    def taylor_step(self, order: int | None = None, share: float = _taylor_step.SHARE) -> xr.Dataset:
+        """The rates that minimize the Taylor polynomial where it can be trusted; see `analysis.taylor_step`."""
+        return _taylor_step.taylor_step(self._ds, order, share)
 
     def inverse(self, regularization: Regularization = None, epsilon: float = 1.0) -> xr.DataArray:
         """H-bar_reg^-1; see `analysis.inverse.inverse`."""

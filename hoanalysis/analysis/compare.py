@@ -18,11 +18,10 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, kept_blocks, step_labels, tensor, tensors
-from hoanalysis.analysis.arrays import Blocks as Blocks
+from hoanalysis.analysis.arrays import Array, Blocks, Tensors, error_attrs, kept_blocks, step_labels, tensor, tensors
 from hoanalysis.analysis.errorbars import jackknife, standard_error
-from hoanalysis.analysis.quantities import Quantity, quantities
 from hoanalysis.analysis.matching import Indices, Pair, common_groups, comparable, pairs_of, provenance, same_data
+from hoanalysis.analysis.quantities import Quantity, quantities
 from hoanalysis.errors import ArgumentError, listed
 
 CLEAR = 2.0  # standard errors from 0 at which a difference is told from 0

@@ -92,8 +92,7 @@ def _measures(one: xr.Dataset) -> Callable[[Tensors], Array]:
 
 def equilibrated(d2: Array, groups: System) -> Array:
     """C_st = H-bar_st / sqrt|H-bar_ss H-bar_tt| over the used groups, by the diagonal of this D2 where it has one."""
-    size = np.sqrt(np.abs(np.diagonal(d2)))
-    size = np.where(size > 0, size, groups.scale)[groups.used]
+    size = groups.scale_in(d2)
     return d2[np.ix_(groups.used, groups.used)] / np.outer(size, size)
 
 

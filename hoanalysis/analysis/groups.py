@@ -38,6 +38,11 @@ class System:
     def used(self) -> Array:
         return ~(self.null | self.flat | self.missing)
 
+    def scale_in(self, d2: Array) -> Array:
+        """The scales by the diagonal of another D2, such as one without a block of batches, over the used groups."""
+        size = np.sqrt(np.abs(np.diagonal(d2)))
+        return np.where(size > 0, size, self.scale)[self.used]
+
     def equilibrated(self, t: Tensors) -> tuple[Array, Array]:
         """C, shape (n, n), and the equilibrated D1, shape (n,), over the n used groups."""
         use, scale = self.used, self.scale[self.used]

@@ -5,7 +5,6 @@ import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
-from hoanalysis.analysis.regularized import Regularization
 from hoanalysis.plots import frames, style
 
 ROWS = 60  # more rows than this are not readable; the largest are kept, and the figure says so
@@ -15,20 +14,22 @@ def learning_rates(
     ds: xr.Dataset,
     ax: Axes | None = None,
     *,
-    regularization: Regularization = None,
+    regularization: frames.Step = None,
     epsilon: float = 1.0,
     used: frames.Used = None,
 ) -> Axes:
     """The learning rate of each group at the first and last checkpoint, with 2 standard errors, beside the rate used.
 
-    ``used`` is that rate: a number, or the training log with columns ``step`` and ``learning_rate``.
+    ``regularization`` is that of the verb, or ``"taylor"`` for `analysis.taylor_step`. ``used`` is the rate used: a
+    number, or the training log with columns ``step`` and ``learning_rate``.
     """
     frame = frames.rates(ds, regularization, epsilon)
     ax = _rows(frame, ax)
     _used_lines(ax, frame, used)
     ax.axvline(0, color="0.7", lw=0.8, zorder=0)
     ax.set_xlabel("learning rate [no unit], bars: 2 standard errors")
-    ax.set_title(f"Learning rates, {'no' if regularization is None else regularization} regularization")
+    how = {None: "no regularization", "taylor": "Taylor step"}.get(regularization, f"{regularization} regularization")
+    ax.set_title(f"Learning rates, {how}")
     return _legend(ax)
 
 

@@ -1,6 +1,6 @@
 """The numbers behind each figure, as tidy frames or labelled arrays: pure functions of the Dataset."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,14 @@ from hoanalysis.analysis.regularizer import regularizer
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.taylor import highest_order, taylor
+from hoanalysis.analysis.taylor_step import taylor_step
 from hoanalysis.analysis.training_log import Used as Used
 from hoanalysis.analysis.training_log import used_at as used_at
 from hoanalysis.analysis.triples import strongest_slice, third_slice
 from hoanalysis.errors import ArgumentError, listed, nearest
+
+
+Step = Regularization | Literal["taylor"]
 
 
 def at_step(ds: xr.Dataset, step: Any = None) -> xr.Dataset:
@@ -113,11 +117,11 @@ def by_group(ds: xr.Dataset, name: str, value: xr.DataArray, error: xr.DataArray
     return pd.concat(rows, ignore_index=True)
 
 
-def rates(ds: xr.Dataset, regularization: Regularization = None, epsilon: float = 1.0) -> pd.DataFrame:
+def rates(ds: xr.Dataset, regularization: Step = None, epsilon: float = 1.0) -> pd.DataFrame:
     """The learning rates of the first and last checkpoint: ``step, group, quantity, value, se``."""
     parts = []
     for one in first_and_last(ds):
-        found = learning_rates(one, regularization, epsilon)
+        found = taylor_step(one) if regularization == "taylor" else learning_rates(one, regularization, epsilon)
         parts.append(by_group(one, "learning rate", found.learning_rates, found.learning_rates_se))
     return pd.concat(parts, ignore_index=True)
 

@@ -15,6 +15,7 @@ from hoanalysis import plots
 from hoanalysis.analysis.example import example
 from hoanalysis.analysis.merge import merge
 from hoanalysis.analysis.steps import learning_rates
+from hoanalysis.analysis.taylor_step import taylor_step
 from hoanalysis.errors import ArgumentError
 from hoanalysis.plots import frames, style
 
@@ -143,6 +144,15 @@ def test_the_frame_of_rates_is_that_of_the_verb():
     assert frame.step.unique().tolist() == [0, 20]
     np.testing.assert_allclose(frame[frame.step == 20].value, found.learning_rates.values[2])
     np.testing.assert_allclose(frame[frame.step == 20].se, found.learning_rates_se.values[2])
+
+
+def test_the_taylor_step_is_drawn_in_the_same_way():
+    ds = example(4, steps=2)
+    frame, found = frames.rates(ds, "taylor"), taylor_step(ds)
+    np.testing.assert_allclose(frame[frame.step == 10].value, found.learning_rates.values[1])
+    np.testing.assert_allclose(frame[frame.step == 10].se, found.learning_rates_se.values[1])
+    assert plots.learning_rates(ds, regularization="taylor").get_title() == "Learning rates, Taylor step"
+    assert plots.learning_rates(ds, regularization="r").get_title() == "Learning rates, r regularization"
 
 
 def test_the_used_rate_is_the_one_logged_last():
