@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hoanalysis.derivatives import nested
 from hoanalysis.derivatives.common import BatchDerivatives, Request
-from hoanalysis.derivatives.tangents import Program, TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.tangents import OtherBranch, Program, TangentsUnsupported, capture, capture_key
 from hoanalysis.derivatives.tangents.costs import Cost
 from hoanalysis.errors import ArgumentError, ModelError, NumericsError
 from hoanalysis.partitions import Partition
@@ -19,6 +19,7 @@ from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
 PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
+BRANCHES = 8  # programs kept for one shape of batch, where the call depends on values
 
 
 @dataclass
@@ -95,7 +96,8 @@ class Nested(Engine):
 
 
 class Tangents(Engine):
-    """Captured programs, one for each shape of batch, kept with the problem.
+    """Captured programs, kept with the problem: one for each shape of batch and, where the call depends on values, for
+    each of the latest `BRANCHES` branches.
 
     The first batch of each program and state is compared with eager PyTorch (its loss, and D1 with the eager gradient
     contracted with u), every batch where ``check_all`` is set; a difference raises `TangentsUnsupported`.
@@ -106,7 +108,7 @@ class Tangents(Engine):
     def __init__(self, task: Task, check_all: bool = True) -> None:
         super().__init__(task)
         self.check_all = check_all
-        self.programs: dict[Hashable, Program] = task.problem.cache.setdefault("programs", {})
+        self.programs: dict[Hashable, list[Program]] = task.problem.cache.setdefault("programs", {})
         self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
 
     def affordable(self, batch: Batch) -> int:
@@ -142,18 +144,45 @@ class Tangents(Engine):
         t = self.task
         key = capture_key(t.problem, t.state, batch)
         if key not in self.programs:
-            self.programs[key] = capture(t.problem, t.state, batch)
-        return key, self.programs[key]
+            self.programs[key] = [capture(t.problem, t.state, batch)]
+        return key, self.programs[key][0]
 
     def chunk(self, batch: Batch) -> BatchDerivatives:
         t = self.task
-        key, program = self._program(batch)
-        result = program.derivatives(t.state, t.direction, t.partition, batch, t.request)
-        once = (key, t.partition.fingerprint())
+        program, result = self._derivatives(batch)
+        once = (program, t.partition.fingerprint())
         if self.check_all or once not in self._checked:
             program.check(t.problem, t.state, t.direction, t.partition, batch, result)
             self._checked.add(once)
         return result
+
+    def _derivatives(self, batch: Batch) -> tuple[Program, BatchDerivatives]:
+        """By the program whose branches this batch takes, the latest first; by a new one where there is none."""
+        t = self.task
+        key, _ = self._program(batch)
+        known = self.programs[key]
+        for i, program in enumerate(known):
+            try:
+                result = self._run(program, batch)
+            except OtherBranch:
+                continue
+            known.insert(0, known.pop(i))
+            return program, result
+        program = capture(t.problem, t.state, batch)
+        known[:] = [program, *known[: BRANCHES - 1]]
+        t.notes.append("the call depends on values: captured anew where a batch took another branch")
+        return program, self._run(program, batch)
+
+    def _run(self, program: Program, batch: Batch) -> BatchDerivatives:
+        t = self.task
+        try:
+            return program.derivatives(t.state, t.direction, t.partition, batch, t.request)
+        except (TangentsUnsupported, MemoryError):
+            raise
+        except Exception as error:  # the nested engine takes what a rule fails on, and says why
+            if _out_of_memory(error):
+                raise
+            raise TangentsUnsupported(f"a rule failed: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def choose(task: Task, engine: str, check_all: bool = True) -> Engine:

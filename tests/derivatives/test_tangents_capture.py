@@ -1,12 +1,16 @@
 """Capture: what is seen, what is refused and with which reason, and what a captured program may be used for."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hoanalysis as ho
 from hoanalysis.derivatives.common import Request
-from hoanalysis.derivatives.tangents import TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.engines import BRANCHES as BRANCHES_KEPT
+from hoanalysis.derivatives.engines import Tangents, Task
+from hoanalysis.derivatives.tangents import OtherBranch, TangentsUnsupported, capture, capture_key
 from hoanalysis.models import MLP
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
@@ -62,7 +66,68 @@ def masked_by_slices(x):
     return torch.tanh(x) @ mask * seen
 
 
+def columns_swapped(x):
+    y = torch.zeros_like(x)
+    y[:, 0] = x[:, 1].sin()
+    y[1:, 1::2] = x[1:, ::2] ** 2
+    y.t()[2] += y[:, 0]
+    return y
+
+
+def row_by_row(x):
+    """A recurrence that writes its states into one tensor, and reads them from there."""
+    states = x.new_zeros(len(x) + 1, x.shape[1])
+    for i in range(len(x)):
+        states[i + 1] = torch.tanh(states[i] + x[i])
+    return states[1:]
+
+
+def through_views(x):
+    y = x.sin()
+    first, rest = y.narrow(1, 0, 1), y[:, 1:]
+    top, flat = y[0], y.view(-1)
+    first.mul_(2.0)  # seen by all of the others
+    flat[3:7] -= 0.5 * x.flatten()[3:7].cos()
+    y.diagonal().zero_()
+    return y * top + rest.sum() * flat[4]
+
+
+def copied_first(x):
+    """A copy does not see what is written afterwards, and what was computed before keeps its value."""
+    y = x * 1.0
+    copy, before = y.clone(), y + 1
+    y[:, :2] = 0
+    y.unsqueeze_(0)
+    return copy.sin() * before + y.squeeze(0).masked_fill_(x > 0.5, 1.5)
+
+
+def placed(x):
+    flat, index = x.flatten(), torch.tensor([5, 0, 5, 2])
+    y = torch.zeros(24).index_put((index,), flat[:4].sin(), accumulate=True)
+    y = y.scatter_add(0, index, flat[4:8] ** 2).index_add(0, index, flat[8:12], alpha=2)
+    y = y.scatter(0, torch.tensor([1, 3]), flat[1:3].cos())
+    y[y > 0.3] = flat[0]
+    y = y.masked_scatter(torch.arange(24) % 5 == 0, flat)
+    return y.view_as(x)
+
+
+def picked(x):
+    values, index = x.topk(2, dim=1)
+    middle = torch.cat([x.median(1).values, x.kthvalue(2, 1).values, x.min(0).values[:2]])
+    return torch.cat([values.sin(), x.sort(1, descending=True)[0][:, :2] * index], 1) * middle.sum()
+
+
 SEEN = {
+    "writes into columns": columns_swapped,
+    "writes in a loop": row_by_row,
+    "writes through views": through_views,
+    "copies and writes": copied_first,
+    "scatter, index_put": placed,
+    "topk, sort, median": picked,
+    "softmax in another dtype": lambda x: (
+        x.softmax(1, dtype=torch.float64) * F.log_softmax(x, 0, dtype=torch.float64).mean(0)
+    ),
+    "numbers": lambda x: (x * x.mean().exp() + x.sum() * x.square().mean()).sin(),
     "masks written in place": masked_by_slices,
     "one minus": lambda x: (1 - x).sin() * torch.rsub(x, 2 * x.cos(), alpha=0.5),
     "detach": lambda x: torch.tanh(x) * torch.sigmoid(x.detach()),
@@ -109,21 +174,58 @@ def test_a_custom_backward_is_found_out_by_the_check():
         program.check(problem, state, u, partition, case.batch)
 
 
-@pytest.mark.parametrize("middle", [lambda x: x if x.sum() > 0 else -x, lambda x: x * x.mean().item()])
-def test_branches_on_values_are_refused(middle):
-    problem, state, _, _ = (case := net_case(middle)).ready()
-    with pytest.raises(TangentsUnsupported, match="cannot be traced"):
-        capture(problem, state, case.batch)
+BRANCHES = {
+    "if": lambda x: x.sin() if x.sum() > 0 else -x.exp(),
+    "item": lambda x: x.sin() * x.mean().item(),
+    "tolist": lambda x: x.sin() * sum((x > 0).sum(1).tolist()),
+    "nonzero": lambda x: x.sin().index_add(0, (x[:, 0] > 0).nonzero()[:, 0], x[x[:, 0] > 0] ** 2),
+    "equal": lambda x: x.sin() if torch.equal(x.mean() > 0, torch.tensor(True)) else x.exp(),
+}
 
 
-def test_writing_into_a_view_is_refused():
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_on_values_are_captured_one_by_one(name):
+    """Each batch and point gets the derivatives of the branch that it takes; a program refuses the others."""
+    model = Net(BRANCHES[name])
+    batches = [(torch.randn(6, 4) * scale, torch.randint(0, 3, (6,))) for scale in (1.0, -3.0, 0.3, 1.0)]
+    problem = Problem(model, batches, loss=F.cross_entropy)
+    partition, state = Partition.canonical(model), problem.state()
+    u = {n: torch.randn_like(p) for n, p in state.parameters.items()}
+    engine = Tangents(Task(problem, state, u, partition, Request(2), 2**30), check_all=True)
+    for batch in batches:
+        first, second, _ = nested(problem, state, u, partition, batch, torch.ones(len(partition)))
+        result = engine.chunk(batch)
+        torch.testing.assert_close(result.tensors[1], first, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(result.tensors[2], second, rtol=1e-10, atol=1e-13)
+    (programs,) = engine.programs.values()
+    assert len(programs) > 1
+    program = capture(problem, state, batches[0])
+    with pytest.raises(OtherBranch, match="depends on values"):  # noqa: PT012 - one of the two is another branch
+        for shift in (3.0, -3.0):
+            moved = problem.state({n: p + shift for n, p in state.parameters.items()})
+            program.derivatives(moved, u, partition, batches[0], Request(2))
+
+
+def test_few_branches_are_kept():
+    model = Net(lambda x: x.sin() * x.mean().item())
+    batches = [(torch.randn(6, 4), torch.randint(0, 3, (6,))) for _ in range(BRANCHES_KEPT + 3)]
+    problem = Problem(model, batches, loss=F.cross_entropy)
+    ds = ho.summarize(problem, 2, engine="tangents", progress=False)
+    assert "captured anew" in ds.engine_detail.item()
+    (programs,) = problem.cache["programs"].values()
+    assert len(programs) == BRANCHES_KEPT
+    expected = ho.summarize(problem, 2, engine="nested", progress=False)
+    np.testing.assert_allclose(ds.D2, expected.D2, rtol=1e-9, atol=1e-14)
+
+
+def test_writing_into_a_view_of_unknown_make_is_refused():
     def middle(x):
-        y = torch.zeros_like(x)
-        y[:, 0] = x[:, 1]
+        y = x.sin()
+        y.as_strided((2, 2), (4, 1)).zero_()
         return y
 
     problem, state, _, _ = (case := net_case(middle)).ready()
-    with pytest.raises(TangentsUnsupported, match="views"):
+    with pytest.raises(TangentsUnsupported, match="as_strided"):
         capture(problem, state, case.batch)
 
 
@@ -185,3 +287,15 @@ def test_single_precision_agrees_with_double():
     assert single.tensors[3].dtype == torch.float64
     scale = float(exact.tensors[3].abs().max())
     torch.testing.assert_close(single.tensors[3], exact.tensors[3], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.log_softmax])
+def test_a_softmax_in_another_dtype(softmax):
+    """As models in half precision do it: up, softmax, down again. The cast is a node of its own."""
+    case = net_case(lambda x: softmax(x, 1, dtype=torch.float32).to(x.dtype) + x)
+    problem, state, u, partition = case.ready()
+    program = capture(problem, state, case.batch)
+    result = program.derivatives(state, u, partition, case.batch, Request(3))
+    first, second, third = nested(problem, state, u, partition, case.batch, c := torch.randn(len(partition)))
+    for got, expected in ((result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third)):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -17,14 +17,18 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hoanalysis.derivatives.tangents.aliases import Aliases
 from hoanalysis.derivatives.tangents.decompositions import DECOMPOSITIONS
 from hoanalysis.derivatives.tangents.graph import (
+    READ,
     Graph,
     Node,
     Ref,
     TangentsUnsupported,
     flatten_inputs,
+    guard_of,
     is_float,
+    reads,
     substitute,
 )
 from hoanalysis.derivatives.tangents.rules import rule, rule_for
@@ -39,6 +43,15 @@ STOPS = {
 }  # fmt: skip
 
 
+#: Ops of several views, taken apart always.
+VIEWS = {
+    aten.unbind.int, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
+}  # fmt: skip
+
+#: Ops that make their argument another view of itself, and leave its other views alone.
+RENAMING = {"detach_", "unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+
+
 class Builder:
     """Lowers traced graphs into one list of nodes, evaluating as it goes so that shapes and views are known."""
 
@@ -47,8 +60,7 @@ class Builder:
         self.values: list[Any] = []
         self.constants: dict[int, Any] = {}
         self.grad = True
-        self.data_dependent: list[str] = []
-        self._root: list[int] = []  # the node that owns the storage
+        self.aliases = Aliases(self)
         self._static: list[bool] = []  # depends on no input: evaluated once
         for i, value in enumerate(inputs):
             name = parameters[i] if i < len(parameters) else None
@@ -64,7 +76,9 @@ class Builder:
             return self._in_place(op, args, kwargs)
         inputs = flatten_inputs(args, kwargs)
         live = self.grad and any(self.nodes[i].live for i in inputs.values())
-        if not live or name.removeprefix("aten::") in STOPS:
+        if op in VIEWS:  # each view a node of its own, so that a write to it finds its way back
+            return DECOMPOSITIONS[op](self, *args, **kwargs)
+        if not live or name.removeprefix("aten::") in STOPS or reads(op):
             return self._emit(op, args, kwargs, inputs, live=False)
         if op in DECOMPOSITIONS or rule_for(op) is None:
             taken_apart = self._decompose(op, args, kwargs)
@@ -84,12 +98,19 @@ class Builder:
         self.constants[ref.index] = value
         return ref
 
+    def fixed(self, op: Callable, *args: Any) -> tuple[Any, ...]:
+        """Emit an op of several outputs whose derivative does not count; one reference for each output."""
+        whole = self._emit(op, args, {}, flatten_inputs(args, {}), live=False)
+        each = range(len(self.value(whole)))
+        return tuple(self._emit(operator.getitem, (whole, i), {}, {0: whole.index}, live=False) for i in each)
+
     # ---- lowering -----------------------------------------------------------------------------------------------
 
     def lower(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         """Inline a traced graph; returns the operands of its output."""
         env: dict[fx.Node, Any] = {}
         given = iter(inputs)
+        position = {n: i for i, n in enumerate(module.graph.nodes)}
 
         def operands(x: Any) -> Any:
             return fx.node.map_arg(x, lambda n: env[n])
@@ -117,15 +138,18 @@ class Builder:
                 raise TangentsUnsupported(f"the traced call contains {n.target}, which is not an op")
             else:
                 env[n] = self(n.target, *operands(tuple(n.args)), **operands(dict(n.kwargs)))
+                if n.target in READ and n.users and isinstance(env[n], Ref):
+                    self.nodes[env[n].index].guard = None
                 if _written(n.target):
-                    old = env[n.args[0]]
-                    env.update({m: env[n] for m, v in env.items() if v == old and isinstance(v, Ref)})
+                    later = {m: v for m, v in env.items() if any(position[u] > position[n] for u in m.users)}
+                    env.update(self.aliases.updated(later))
         raise TangentsUnsupported("the traced call has no output")
 
     def _emit(self, op: Callable, args: tuple, kwargs: dict, inputs: dict, live: bool) -> Ref:
         static = not any(not self._static[i] for i in inputs.values()) and not _random(op)
         if _random(op):
             raise TangentsUnsupported(f"the loss draws random numbers: {op}")
+        given_op, op = op, aten.reshape.default if op is aten.view.default else op  # strides may differ from the call's
         local, known = None, rule_for(op) if live else None
         with torch.no_grad():
             given, named = substitute(args, self.values), substitute(kwargs, self.values)
@@ -139,18 +163,15 @@ class Builder:
             if isinstance(value, (tuple, list)) and any(is_float(v) for v in value):
                 raise TangentsUnsupported(f"{op} gives several outputs and has no rule")
             live = False
-        if isinstance(op, torch._ops.OpOverload) and (
-            torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
-        ):
-            self.data_dependent.append(str(op))
         if live and rule_for(op) is None:
             if not isinstance(op, torch._ops.OpOverload):
                 raise TangentsUnsupported(f"{op} has no rule")
             rule(op)(Generic)
         node = Node(len(self.nodes), op, args, kwargs, live, inputs=inputs, work=getattr(local, "work", 0.0))
+        if not static:
+            node.guard = guard_of(op, value)
         ref = self._append(node, value, static)
-        if isinstance(op, torch._ops.OpOverload) and _is_view(op):
-            self._root[ref.index] = self._root[next(iter(inputs.values()))]
+        self.aliases.note(ref, given_op, args, kwargs)
         if static and not live:
             self.constants[ref.index] = value
             node.op = None
@@ -161,36 +182,35 @@ class Builder:
             node.shape, node.dtype = tuple(value.shape), value.dtype
         self.nodes.append(node)
         self.values.append(value)
-        self._root.append(node.index)
         self._static.append(static)
         return Ref(node.index)
 
     def _in_place(self, op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-        """An op that writes its first argument, as the functional one; refused where a view would have to see it."""
+        """An op that writes its first argument: the functional one, seen by every alias through `aliases`."""
         target = args[0]
         packet = op._schema.name.removeprefix("aten::")
         if not isinstance(target, Ref) or "out" in kwargs or not packet.endswith("_"):
             raise TangentsUnsupported(f"{op} writes to an argument")
-        root = self._root[target.index]
-        inputs = flatten_inputs(args, kwargs)
-        if not any(self.nodes[i].live for i in inputs.values()) and root >= self.n_inputs:
-            static = all(self._static[i] for i in inputs.values())
-            if static or not self._static[root]:  # a mask being built: done again on every batch, in order
-                ref = self._emit(op, args, kwargs, inputs, live=False)
-                self._root[ref.index] = root
-                return ref
-        if sum(r == root for r in self._root) > 1:
-            raise TangentsUnsupported(f"{op} writes to a tensor that has views")
-        if packet == "copy_":
-            source = self(aten._to_copy.default, args[1], dtype=self.value(target).dtype)
-            return self(aten.expand.default, source, list(self.value(target).shape))
+        if self.is_live(target) and not self.grad:
+            raise TangentsUnsupported(f"{op} writes under no_grad to what has a gradient")
+        value = self._written_value(op, packet, args, kwargs)
+        if packet in RENAMING:
+            return self.aliases.rename(target, value)
+        return self.aliases.write(target, value)
+
+    def _written_value(self, op: torch._ops.OpOverload, packet: str, args: tuple, kwargs: dict) -> Any:
+        """What an op that writes its first argument leaves there."""
+        like = self.value(args[0])
+        if packet in ("copy_", "fill_") and isinstance(args[1], Ref):
+            source = self(aten._to_copy.default, args[1], dtype=like.dtype)
+            return self(aten.expand.default, source, list(like.shape))
         if packet in ("zero_", "fill_"):
-            fill = 0 if packet == "zero_" else args[1]
-            return self(aten.full_like.default, target, self.value(fill))
+            return self(aten.full_like.default, args[0], 0 if packet == "zero_" else args[1])
         functional = getattr(getattr(aten, packet[:-1], None), op._overloadname, None)
         if functional is None:
             raise TangentsUnsupported(f"{op} has no functional form")
-        return self(functional, *args, **kwargs)
+        value = self(functional, *args, **kwargs)
+        return value if self.value(value).dtype == like.dtype else self(aten._to_copy.default, value, dtype=like.dtype)
 
     def _decompose(self, op: Callable, args: tuple, kwargs: dict) -> Any:
         """The op taken apart by our table or by torch; None where neither can."""
@@ -218,13 +238,13 @@ class Builder:
         return graph
 
 
-def trace(fn: Callable[..., Tensor], parameters: dict[str, Tensor], others: list[Tensor]) -> tuple[Graph, list[str]]:
-    """The graph of ``fn(parameters, others)`` and the names of data-dependent ops in it.
+def trace(fn: Callable[..., Tensor], parameters: dict[str, Tensor], others: list[Tensor]) -> Graph:
+    """The graph of ``fn(parameters, others)``, of the branches that it takes at these values.
 
     Raises
     ------
     TangentsUnsupported
-        Where the call cannot be traced: it branches on values, hides an op, or writes into views.
+        Where the call cannot be traced: it hides an op, or writes into views.
     """
     names = list(parameters)
     tensors = [*parameters.values(), *others]
@@ -234,14 +254,20 @@ def trace(fn: Callable[..., Tensor], parameters: dict[str, Tensor], others: list
 
     leaves = [t.detach().requires_grad_() if i < len(names) else t.detach() for i, t in enumerate(tensors)]
     try:
-        module = make_fx(flat, tracing_mode="real", pre_dispatch=True)(*leaves)
+        # values that Python reads are burned in, and guarded: see `guard_of`
+        module = make_fx(flat, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*leaves)
     except Exception as error:
         raise TangentsUnsupported(f"the call cannot be traced: {_first_line(error)}") from error
     builder = Builder(tensors, names)
-    output = builder.lower(module, [Ref(i) for i in range(len(tensors))])
+    try:
+        output = builder.lower(module, [Ref(i) for i in range(len(tensors))])
+    except TangentsUnsupported:
+        raise
+    except Exception as error:  # the nested engine takes what no rule was made for, and says why
+        raise TangentsUnsupported(f"the traced call cannot be built: {_first_line(error)}") from error
     if not isinstance(output, Ref):
         raise TangentsUnsupported("the traced call returns no tensor")
-    return builder.finish(output), builder.data_dependent
+    return builder.finish(output)
 
 
 def _first_line(error: Exception) -> str:
@@ -250,10 +276,6 @@ def _first_line(error: Exception) -> str:
 
 def _written(op: torch._ops.OpOverload) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
-
-
-def _is_view(op: torch._ops.OpOverload) -> bool:
-    return any(r.alias_info is not None for r in op._schema.returns) or op._schema.name == "aten::reshape"
 
 
 def _random(op: Callable) -> bool:

@@ -278,6 +278,20 @@ def vector_product(b: Any, x: Any, y: Any) -> Any:
     return matmul(b, x, y)
 
 
+def _cast_first(op: Callable) -> Callable:
+    def softmax(b: Any, x: Any, axis: int, dtype: torch.dtype | None = None) -> Any:
+        """In another dtype, the cast as a node of its own; None where there is nothing to do."""
+        if dtype is None or dtype == b.value(x).dtype:
+            return None
+        return b(op, b(aten._to_copy.default, x, dtype=dtype), axis)
+
+    return softmax
+
+
+for _op in (aten.softmax.int, aten.log_softmax.int):
+    decomposition(_op)(_cast_first(_op))
+
+
 @decomposition(aten.logsumexp.default)
 def logsumexp(b: Any, x: Any, axes: Sequence[int], keepdim: bool = False) -> Any:
     top = b(aten.amax.default, b(aten.detach.default, x), axes, True)
@@ -377,6 +391,44 @@ def split(b: Any, x: Any, size: int, axis: int = 0) -> Any:
 @decomposition(aten.chunk.default)
 def chunk(b: Any, x: Any, chunks: int, axis: int = 0) -> Any:
     return split(b, x, max(1, -(-_shape(b, x)[axis] // chunks)), axis)
+
+
+# ---- a choice by value, whose place is held fixed -------------------------------------------------------------------
+
+
+@decomposition(aten.topk.default)
+def topk(b: Any, x: Any, k: int, axis: int = -1, *more: Any) -> Any:
+    index = b.fixed(aten.topk.default, x, k, axis, *more)[1]
+    return b(aten.gather.default, x, axis, index), index
+
+
+@decomposition(aten.sort.default)
+def sort(b: Any, x: Any, axis: int = -1, descending: bool = False) -> Any:
+    index = b.fixed(aten.sort.default, x, axis, descending)[1]
+    return b(aten.gather.default, x, axis, index), index
+
+
+@decomposition(aten.sort.stable)
+def stable_sort(b: Any, x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    index = b(aten.argsort.stable, b(aten.detach.default, x), stable=bool(stable), dim=dim, descending=descending)
+    return b(aten.gather.default, x, dim, index), index
+
+
+def _chosen(op: Callable) -> Callable:
+    def choose(b: Any, x: Any, *args: Any) -> Any:
+        """The entry at the index that the op finds, along the axis that is its last number."""
+        numbers = [a for a in args if not isinstance(a, bool)]
+        axis, keepdim = numbers[-1], args[-1] is True
+        index = b.fixed(op, x, *args)[1]
+        at = index if keepdim else b(aten.unsqueeze.default, index, axis)
+        value = b(aten.gather.default, x, axis, at)
+        return (value if keepdim else b(aten.squeeze.dim, value, axis)), index
+
+    return choose
+
+
+for _op in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default):
+    decomposition(_op)(_chosen(_op))
 
 
 @decomposition(aten.stack.default)

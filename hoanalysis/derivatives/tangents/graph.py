@@ -25,6 +25,10 @@ class TangentsUnsupported(Exception):
     """The engine cannot take this model, batch or request; its text is the reason, for provenance."""
 
 
+class OtherBranch(TangentsUnsupported):
+    """The call took another branch, or other shapes, than the batch or weights that it was captured with."""
+
+
 @dataclass(frozen=True)
 class Ref:
     """A reference to another node's value."""
@@ -51,6 +55,7 @@ class Node:
     needs_adjoint: bool = False
     work: float = 0.0  # multiply-adds of a product
     feeds_curved: bool = False  # something curved lies below
+    guard: Any = None  # what Python saw of this value; see `guard_of`
 
     @property
     def name(self) -> str:
@@ -95,10 +100,11 @@ class Graph:
                 self.nodes[i].feeds_curved |= n.curved or n.feeds_curved
 
     def _reachable(self) -> set[int]:
-        """Nodes that the output depends on. In-place ops on constants count: they act by side effect."""
+        """Nodes that the output depends on. In-place ops on constants count, which act by side effect, and guards."""
         in_place = [n.index for n in self.nodes if n.op is not None and not n.live and _writes(n.op)]
+        guards = [n.index for n in self.nodes if n.guard is not None and n.op is not None]
         found: set[int] = set()
-        todo = [self.output, *in_place]
+        todo = [self.output, *in_place, *guards]
         while todo:
             i = todo.pop()
             if i not in found:
@@ -136,6 +142,29 @@ class Graph:
             assert n.rule is not None
             counts.setdefault(n.rule.kind, Counter())[n.name] += 1
         return {kind: dict(c) for kind, c in sorted(counts.items())}
+
+
+def guard_of(op: Callable, value: Any) -> Any:
+    """What Python saw of an op's value and may have branched on: a number or its shape. None: nothing.
+
+    The graph is that of the branch which was taken, and right for other values wherever these guards are the same.
+    """
+    if not isinstance(op, torch._ops.OpOverload):
+        return None
+    if op in READ or reads(op):
+        return value.tolist() if isinstance(value, Tensor) else value
+    if torch.Tag.dynamic_output_shape in op.tags:
+        return [tuple(v.shape) for v in (value if isinstance(value, (tuple, list)) else [value])]
+    return None
+
+
+#: What remains in a trace of ``tolist``, unused: it reads the memory behind torch's back.
+READ = (torch.ops.aten.resolve_neg.default,)
+
+
+def reads(op: Callable) -> bool:
+    """Whether an op gives Python a number."""
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.data_dependent_output in op.tags
 
 
 def _writes(op: Callable) -> bool:

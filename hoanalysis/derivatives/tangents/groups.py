@@ -45,6 +45,11 @@ def rows(part: Groups, whole: Groups) -> slice | Tensor:
     return torch.tensor(found)
 
 
+def flat(stack: Tensor) -> Tensor:
+    """A stack as (k, n): one row for each tangent, also of a number."""
+    return stack.reshape(len(stack), -1)
+
+
 def take(data: Tensor, have: Groups, want: Groups) -> Tensor:
     """The rows of ``want`` out of a stack with the groups ``have``; a view where it can be."""
     return data if have == want else data[rows(want, have)]

@@ -18,7 +18,7 @@ from hoanalysis.derivatives.tangents.graph import Graph, TangentsUnsupported, lo
 from hoanalysis.derivatives.tangents.groups import Groups, Sums
 from hoanalysis.derivatives.tangents.rules import Stack
 from hoanalysis.partitions import Partition
-from hoanalysis.problem import batch_digest, count_rows, map_tensors, tensors_of
+from hoanalysis.problem import count_rows, map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from hoanalysis.problem import Batch, Problem, State
@@ -47,9 +47,9 @@ def capture(problem: Problem, state: State, batch: Batch) -> Program:
         return problem.batch_value(parameters, inner, map_tensors(lambda _: next(given), batch))
 
     others = [*state.fixed.values(), *tensors_of(batch)]
-    graph, data_dependent = trace(call, state.parameters, others)
+    graph = trace(call, state.parameters, others)
     key = capture_key(problem, state, batch)
-    return Program(graph, key, list(state.parameters), list(state.fixed), data_dependent, count_rows(batch))
+    return Program(graph, key, list(state.parameters), list(state.fixed), count_rows(batch))
 
 
 def capture_key(problem: Problem, state: State, batch: Batch) -> Hashable:
@@ -74,10 +74,8 @@ class Program:
     Attributes
     ----------
     key
-        The `capture_key` that it is valid for.
-    data_dependent
-        Names of ops whose output shape depends on values (``nonzero``): the program is then valid for the very batch
-        that was traced, and refuses any other.
+        The `capture_key` that it is valid for. Where the call reads values (``item``, ``nonzero``), it is valid for
+        those batches and weights that take the same branches, and raises `OtherBranch` for others.
     """
 
     def __init__(
@@ -86,11 +84,9 @@ class Program:
         key: Hashable,
         parameters: list[str],
         fixed: list[str],
-        data_dependent: list[str],
         samples: int,
     ) -> None:
         self.graph, self.key, self.samples = graph, key, samples
-        self.data_dependent = data_dependent
         self._parameters, self._fixed = parameters, fixed
         self._plans: dict[str, Plan] = {}
 
@@ -211,11 +207,6 @@ class Program:
                     f"the program was captured for a tensor {node.shape} {node.dtype} and was given "
                     f"{tuple(t.shape)} {t.dtype}"
                 )
-        if self.data_dependent:
-            digest = batch_digest(tensors)
-            self._digest = getattr(self, "_digest", digest)
-            if digest != self._digest:
-                raise TangentsUnsupported(f"shapes depend on the batch's values: {', '.join(self.data_dependent)}")
         return [t.detach() for t in inputs]
 
     def _plan(self, partition: Partition) -> Plan:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hoanalysis.derivatives.tangents import attention
 from hoanalysis.derivatives.tangents.costs import active, tiled_attentions
-from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, substitute
+from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, OtherBranch, guard_of, substitute
 from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack, Stacks
 
@@ -40,6 +40,8 @@ def forward(graph: Graph, inputs: list[Tensor], order: int) -> tuple[list[Any], 
             values[n.index] = local[n.index].value
         else:
             values[n.index] = n.op(*args, **kwargs)
+        if n.guard is not None and guard_of(n.op, values[n.index]) != n.guard:
+            raise OtherBranch(f"the call depends on values: {n.op} gives {guard_of(n.op, values[n.index])}")
         for i in set(n.inputs.values()):
             if graph.last_use[i] == n.index and i >= len(inputs) and i not in graph.constants:
                 values[i] = None  # the rules hold what they need

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from hoanalysis.derivatives.tangents.groups import Groups, Sums, common, rows, union
+from hoanalysis.derivatives.tangents.groups import Groups, Sums, common, flat, rows, union
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks
 
 
@@ -127,9 +127,9 @@ class Generic(Local):
 
 def _gram(U: tuple[Tensor, ...], V: tuple[Tensor, ...]) -> Tensor:
     """Inner products of all rows with all rows, summed over the inputs."""
-    return torch.stack([u.flatten(1) @ v.flatten(1).T for u, v in zip(U, V, strict=True)]).sum(0)
+    return torch.stack([flat(u) @ flat(v).T for u, v in zip(U, V, strict=True)]).sum(0)
 
 
 def _dots(U: tuple[Tensor, ...], V: tuple[Tensor, ...]) -> Tensor:
     """Inner products row by row, summed over the inputs."""
-    return torch.stack([(u * v).flatten(1).sum(1) for u, v in zip(U, V, strict=True)]).sum(0)
+    return torch.stack([flat(u * v).sum(1) for u, v in zip(U, V, strict=True)]).sum(0)

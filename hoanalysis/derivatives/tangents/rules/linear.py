@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hoanalysis.derivatives.tangents.groups import flat
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, rule
 from hoanalysis.derivatives.tangents.shapes import spread, sum_to
 
@@ -76,6 +77,28 @@ rule(
 )(Linear)
 
 
+class Placed(Linear):
+    """Entries of one tensor put into another: linear in both together, each tangent with zeros for the other."""
+
+    def _at(self, key: Key, x: Tensor) -> Tensor:
+        args = [torch.zeros_like(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args]
+        args[key] = x  # type: ignore[call-overload]
+        return self.op(*args, **self.kwargs)
+
+
+rule(
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.diagonal_scatter.default,
+    aten.scatter.src,
+    aten.scatter_add.default,
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.masked_scatter.default,
+)(Placed)
+
+
 @rule(
     aten.view.default,
     aten.reshape.default,
@@ -90,6 +113,8 @@ rule(
     aten.contiguous.default,
     aten.alias.default,
     aten.lift_fresh.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
 )
 class Reshape(Linear):
     """The same entries in the same order under another shape."""
@@ -337,7 +362,7 @@ class NegativeLogLikelihood(Linear):
     def push(self, key: Key, stack: Tensor) -> Tensor:
         if not self.scalar:
             return super().push(key, stack)
-        return stack.flatten(1) @ self.slope.flatten()
+        return flat(stack) @ self.slope.flatten()
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         if not self.scalar:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, common, take
+from hoanalysis.derivatives.tangents.groups import Sums, common, flat, take
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 from hoanalysis.derivatives.tangents.shapes import lift, spread, sum_to
 
@@ -97,11 +97,11 @@ class Product(Local):
         if on_a <= on_b:
             mu = self.pull_a(lam, b.data, False, True)
             self._mu = (mu, None)
-            sums.add2(a.groups, b.groups, a.data.flatten(1) @ mu.flatten(1).T, both=True)
+            sums.add2(a.groups, b.groups, flat(a.data) @ flat(mu).T, both=True)
         else:
             mu = self.pull_b(lam, a.data, False, True)
             self._mu = (None, mu)
-            sums.add2(a.groups, b.groups, mu.flatten(1) @ b.data.flatten(1).T, both=True)
+            sums.add2(a.groups, b.groups, flat(mu) @ flat(b.data).T, both=True)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         pair = self._factors(tangents)
@@ -117,19 +117,19 @@ class Product(Local):
         }
         side = min(cost, key=lambda name: cost[name])
         G = torch.empty(r, ka, kb, dtype=torch.float64)
-        A, B, Y = a.data.flatten(1), b.data.flatten(1), lamT.data.flatten(1)
+        A, B, Y = flat(a.data), flat(b.data), flat(lamT.data)
         if side == "out" and ka >= kb:
             for t in range(kb):
-                G[:, :, t] = Y @ self.apply(a.data, b.data[t], True, False).flatten(1).T
+                G[:, :, t] = Y @ flat(self.apply(a.data, b.data[t], True, False)).T
         elif side == "out":
             for s in range(ka):
-                G[:, s] = Y @ self.apply(a.data[s], b.data, False, True).flatten(1).T
+                G[:, s] = Y @ flat(self.apply(a.data[s], b.data, False, True)).T
         elif side == "a":
             for t in range(kb):
-                G[:, :, t] = self.pull_a(lamT.data, b.data[t], True, False).flatten(1) @ A.T
+                G[:, :, t] = flat(self.pull_a(lamT.data, b.data[t], True, False)) @ A.T
         else:
             for s in range(ka):
-                G[:, s] = self.pull_b(lamT.data, a.data[s], True, False).flatten(1) @ B.T
+                G[:, s] = flat(self.pull_b(lamT.data, a.data[s], True, False)) @ B.T
         sums.add3_six((lamT.groups, a.groups, b.groups), G)
 
     def pull_second(self, key: Key, lam: Tensor, tangents: Stacks) -> Stack | None:
@@ -166,7 +166,7 @@ class Product(Local):
                 continue
             u, v = take(x2.data, x2.groups, both), take(x.data, x.groups, both)
             y = self._paired(u, v) if mine == self.keys[0] else self._paired(v, u)
-            sums.add_diagonal(both, 3 * (y.flatten(1) @ lam.flatten()))
+            sums.add_diagonal(both, 3 * (flat(y) @ lam.flatten()))
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar)

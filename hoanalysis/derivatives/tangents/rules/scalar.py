@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, take, triple_products, weighted_gram
+from hoanalysis.derivatives.tangents.groups import Sums, add_rows, blocks, flat, take, triple_products, weighted_gram
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 
 aten = torch.ops.aten
@@ -66,17 +66,17 @@ class Scalar(Local):
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         ((_, x),) = tangents.items()
-        sums.add2(x.groups, x.groups, weighted_gram(x.data.flatten(1), (lam * self.d[1]).flatten()))
+        sums.add2(x.groups, x.groups, weighted_gram(flat(x.data), (lam * self.d[1]).flatten()))
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         # sigma''' enters with 1/3 because the triple product places it three times
         ((_, x),) = tangents.items()
-        T = x.data.flatten(1)
+        T = flat(x.data)
         own = T * (lam * self.d[2]).flatten().div(3)
         if lamT is None:
             triple_products(sums, x.groups, T, x.groups, own)
             return
-        total = lamT.data.flatten(1) * self.d[1].flatten()
+        total = flat(lamT.data) * self.d[1].flatten()
         groups, total = add_rows(lamT.groups, total, x.groups, own)
         triple_products(sums, x.groups, T, groups, total)
 
@@ -94,11 +94,11 @@ class Scalar(Local):
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         ((_, x),) = tangents.items()
         third, second = (lam * self.d[2]).flatten(), (lam * self.d[1]).flatten()
-        T = x.data.flatten(1)
+        T = flat(x.data)
         parts = [(T[i] * T[i]).mul_(T[i]) @ third for i in blocks(T)]
         sums.add_diagonal(x.groups, torch.cat(parts))
         for x2 in bent.values():
-            t, t2 = take(x.data, x.groups, x2.groups).flatten(1), x2.data.flatten(1)
+            t, t2 = flat(take(x.data, x.groups, x2.groups)), flat(x2.data)
             parts = [(t[i] * t2[i]) @ second for i in blocks(t)]
             sums.add_diagonal(x2.groups, 3 * torch.cat(parts))
 
