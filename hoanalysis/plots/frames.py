@@ -22,7 +22,6 @@ from hoanalysis.analysis.training_log import used_at as used_at
 from hoanalysis.analysis.triples import strongest_slice, third_slice
 from hoanalysis.errors import ArgumentError, listed, nearest
 
-
 Step = Regularization | Literal["taylor"]
 
 
