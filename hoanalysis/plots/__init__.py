@@ -8,11 +8,14 @@ from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import interaction_shares as shares
 from hoanalysis.plots.lines import loss, merging, pairs, spectrum, taylor, trajectories, triples
 from hoanalysis.plots.waterfall import prediction, waterfall
+from hoanalysis.plots.weights import flatness, laplace, saliency
 
 __all__ = [
     "blocks",
     "change",
     "errors",
+    "flatness",
+    "laplace",
     "learning_rates",
     "loss",
     "matrix",
@@ -20,6 +23,7 @@ __all__ = [
     "pairs",
     "prediction",
     "regularizer",
+    "saliency",
     "shares",
     "spectrum",
     "taylor",

@@ -24,13 +24,13 @@ def learning_rates(
     number, or the training log with columns ``step`` and ``learning_rate``.
     """
     frame = frames.rates(ds, regularization, epsilon)
-    ax = _rows(frame, ax)
+    ax = rows(frame, ax)
     _used_lines(ax, frame, used)
     ax.axvline(0, color="0.7", lw=0.8, zorder=0)
     ax.set_xlabel("learning rate [no unit], bars: 2 standard errors")
     how = {None: "no regularization", "taylor": "Taylor step"}.get(regularization, f"{regularization} regularization")
     ax.set_title(f"Learning rates, {how}")
-    return _legend(ax)
+    return legend(ax)
 
 
 def _used_lines(ax: Axes, frame: pd.DataFrame, used: frames.Used) -> None:
@@ -47,25 +47,26 @@ def _used_lines(ax: Axes, frame: pd.DataFrame, used: frames.Used) -> None:
 
 def regularizer(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     """r = |D3[s,s,s]|^(2/3) of each group at the first and last checkpoint, with 2 standard errors."""
-    ax = _rows(frames.regularizers(ds), ax)
+    ax = rows(frames.regularizers(ds), ax)
     ax.set_xlabel(r"r = |D3[s,s,s]|$^{2/3}$ [loss$^{2/3}$], bars: 2 standard errors")
     ax.set_title("Regularizer")
-    return _legend(ax)
+    return legend(ax)
 
 
-def _rows(frame: pd.DataFrame, ax: Axes | None) -> Axes:
-    """Dots with error bars, one row per group, one colour per step."""
+def rows(frame: pd.DataFrame, ax: Axes | None, by: str = "step") -> Axes:
+    """Dots with error bars, one row per group, one colour per step or per value of another column."""
     groups, note = _shown(frame)
     ax = style.axes(ax, 7.5, 1.5 + 0.27 * max(len(groups), 3))
-    steps = list(frame["step"].unique())
+    series = list(frame[by].unique())
     values = frame["value"].to_numpy(float)
     style.signed_axis(ax, "x", values)
-    for k, step in enumerate(steps):
-        part = frame[frame["step"] == step].set_index("group").loc[groups]
-        y = np.arange(len(groups)) + (k - (len(steps) - 1) / 2) * 0.28
+    for k, name in enumerate(series):
+        part = frame[frame[by] == name].set_index("group").loc[groups]
+        y = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * 0.28
+        label = f"step {name}" if by == "step" else str(name)
         bars = (style.BAND * part["se"].fillna(0)).to_numpy(float)
         finite = np.isfinite(part["value"].to_numpy(float))
-        ax.errorbar(part["value"], y, xerr=bars, fmt="o", ms=4.5, lw=1.2, color=style.PALETTE[k], label=f"step {step}")
+        ax.errorbar(part["value"], y, xerr=bars, fmt="o", ms=4.5, lw=1.2, color=style.PALETTE[k], label=label)
         for at in y[~finite]:
             ax.annotate(
                 "no effect or not computed",
@@ -92,6 +93,7 @@ def _shown(frame: pd.DataFrame) -> tuple[list[str], str]:
     return [g for g in groups if g in set(largest)], f"the {ROWS} largest of {len(groups)} groups"
 
 
-def _legend(ax: Axes) -> Axes:
+def legend(ax: Axes) -> Axes:
+    """To the right of the axes."""
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small", frameon=False)
     return ax

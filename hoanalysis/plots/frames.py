@@ -10,7 +10,10 @@ from hoanalysis import schema
 from hoanalysis.analysis.arrays import checkpoints, require, step_labels, tensor
 from hoanalysis.analysis.coarsen import fewest, kept_share, suggest_partition
 from hoanalysis.analysis.compare import compare
+from hoanalysis.analysis.flatness import flatness
 from hoanalysis.analysis.inverse import Which, matrix
+from hoanalysis.analysis.laplace import laplace
+from hoanalysis.analysis.pruning import saliency
 from hoanalysis.analysis.regularized import Regularization
 from hoanalysis.analysis.regularizer import regularizer
 from hoanalysis.analysis.spectra import spectrum
@@ -85,6 +88,39 @@ def changed(ds: xr.Dataset, other: xr.Dataset | None, step: Any, quantity: str) 
     array = found[quantity].assign_coords({f"{quantity}_se": found[f"{quantity}_se"]})
     title = str(array.attrs["long_name"])
     return array, f"{title[0].upper()}{title[1:]}, from {when[0]} to {when[1]}"
+
+
+def removal(ds: xr.Dataset, step: Any = None) -> pd.DataFrame:
+    """OBD and OBS scores of the groups at one checkpoint: ``step, group, quantity, value, se``."""
+    one = at_step(ds, step)
+    found = saliency(one)
+    names = {"obd": "removed alone (OBD)", "obs": "others rescaled (OBS)"}
+    return pd.concat([by_group(one, text, found[n], found[f"{n}_se"]) for n, text in names.items()], ignore_index=True)
+
+
+def sharpness(ds: xr.Dataset) -> pd.DataFrame:
+    """The curvature along the scale of each group, first and last checkpoint: ``step, group, quantity, value, se``."""
+    parts = []
+    for one in first_and_last(ds):
+        found = flatness(one)
+        parts.append(by_group(one, "sharpness", found.sharpness, found.sharpness_se))
+    return pd.concat(parts, ignore_index=True)
+
+
+def posterior(ds: xr.Dataset, step: Any = None, prior_precision: float = 1.0) -> pd.DataFrame:
+    """The posterior standard deviation of each group's scale, by Laplace, all layers and layers independent.
+
+    ``step, group, quantity, value, se``; the error of sd = sqrt(v) is se(v) / (2 sd).
+    """
+    one = at_step(ds, step)
+    found = laplace(one, prior_precision)
+    parts = []
+    for name, text in (("covariance", "all layers"), ("block_diagonal", "layers independent")):
+        sd = np.sqrt(np.diagonal(found[name].values))
+        error = np.diagonal(found[f"{name}_se"].values) / (2 * sd)
+        dims = (schema.GROUP,)
+        parts.append(by_group(one, text, xr.DataArray(sd, dims=dims), xr.DataArray(error, dims=dims)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def merging(ds: xr.Dataset) -> pd.DataFrame:
