@@ -13,9 +13,9 @@ the given data and on theta_s, both at the start of the step, every product is i
     theta.u'  = mu theta.u - lr_s theta.g - k theta.theta
 
 Least squares over the pairs of neighbouring steps of a chain gives mu, lr_s and k >= 0. The batch's own noise has mean
-zero in both lines, so that it widens the errors (delete-one jackknife over the pairs). lr_s comes out low, by the share
-of |g_s|^2 that is the sampling noise of the given data. For another optimizer than SGD, lr_s still is the rate at which
-the group follows its gradient.
+zero in both lines, so that it widens the errors: a delete-one jackknife over the pairs, to which mu adds how far the
+groups disagree on it. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the given data. For
+another optimizer than SGD, lr_s still is the rate at which the group follows its gradient.
 """
 
 from collections.abc import Sequence
@@ -189,11 +189,27 @@ def _refuse_other(ds: xr.Dataset, other: xr.Dataset | None, name: str) -> None:
 
 
 def _fitted(equations: Sequence[Equations], s: int) -> Array:
-    """Shape (2, 3 + S): (lr, mu, k, lr_1..lr_S) and their jackknife errors."""
+    """Shape (2, 3 + S): (lr, mu, k, lr_1..lr_S) and their errors: the jackknife over pairs; of mu, which is one number
+    for all groups, with the spread of what the groups show alone."""
     value = _solved(equations, s)
     n = len(equations)
     without = np.array([_solved([e for j, e in enumerate(equations) if j != i], s) for i in range(n)])
-    return np.stack([value, np.sqrt((n - 1) / n * ((without - value) ** 2).sum(0))])
+    error = np.sqrt((n - 1) / n * ((without - value) ** 2).sum(0))
+    error[1] = np.hypot(error[1], _disagreement(equations, s, decay=value[2]))
+    return np.stack([value, error])
+
+
+def _disagreement(equations: Sequence[Equations], s: int, decay: float) -> float:
+    """The standard error of the mean over groups of the mu that each shows alone; 0 for one group.
+
+    A force that is not in the rule (other data, which push the same way again and again) looks like momentum, but like
+    another one in every group; the momentum of the optimizer is the same in all.
+    """
+    left, right = (np.concatenate(parts) for parts in zip(*equations, strict=True))
+    right = right - decay * left[:, 1]  # of one group alone, mu and k could not be told apart
+    own = [left[:, 2 + g] != 0 for g in range(s)]
+    alone = [np.linalg.lstsq(left[m][:, [0, 2 + g]], right[m])[0][0] for g, m in enumerate(own) if m.any()]
+    return float(np.std(alone, ddof=1) / np.sqrt(len(alone))) if len(alone) > 1 else 0.0
 
 
 def _solved(equations: Sequence[Equations], s: int) -> Array:
@@ -211,5 +227,5 @@ def _bounded(left: Array, right: Array) -> Array:
     lower[:2] = 0.0
     if len(right) and has.any():
         scale = np.sqrt((left[:, has] ** 2).sum(0))
-        out[has] = lsq_linear(left[:, has] / scale, right, (lower[has], np.inf)).x / scale
+        out[has] = lsq_linear(left[:, has] / scale, right, (lower[has], np.inf), method="bvls").x / scale
     return out

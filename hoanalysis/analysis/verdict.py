@@ -103,8 +103,9 @@ def break_of(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> Break | None
         climb = loss[i] - loss[low]
         noise = CLEAR * np.nan_to_num(np.hypot(error[i], error[low]))
         if climb > BREAK * max(loss[known[0]] - loss[low], loss[low]) and climb > noise:
-            path = itertools.pairwise(int(k) for k in so_far if low <= k)
-            start, following = next((a, b) for a, b in path if loss[b] - loss[a] > FIRST * climb)
+            path = [(int(a), int(b)) for a, b in itertools.pairwise(so_far[so_far >= low])]
+            steepest = max(path, key=lambda p: loss[p[1]] - loss[p[0]])
+            start, following = next((p for p in path if loss[p[1]] - loss[p[0]] >= FIRST * climb), steepest)
             return _broken(ds, loss, start, following, int(i))
     return None
 
@@ -141,7 +142,7 @@ def suspects(
         found += _rates(rule)
         found += _decay(ds, gradient, rule, chains(ds, log)) if weights is not None else []
         paces = _momentum(rule)
-    found += _told_apart(_ways(ds, broke), paces, broke)
+    found += _told_apart(_ways(ds, broke), paces)
     found.sort(key=lambda s: (not s.alarm, s.kind == "overshoot", -s.score))
     return pd.DataFrame(found, columns=Suspect._fields)
 
@@ -339,16 +340,11 @@ def best_multiple(one: xr.Dataset) -> float:
     return min(ahead, default=float("nan"))
 
 
-def _told_apart(ways: list[Suspect], paces: list[Suspect], broke: Break | None) -> list[Suspect]:
-    """Momentum over 1 and steps that follow other data both climb at first order, and other data push the same way
-    again and again, which the update rule takes for momentum. Only momentum shows it in other chains as well."""
-    start = max((p.step for p in paces if broke is not None and p.step <= broke.step), default=None)
-    elsewhere = [p for p in paces if p.step != start]
-    if any(w.kind == "data" and w.alarm for w in ways):
-        if any(p.alarm for p in elsewhere):
-            ways = [w._replace(alarm=False) if w.kind == "data" else w for w in ways]
-        else:
-            paces = elsewhere
+def _told_apart(ways: list[Suspect], paces: list[Suspect]) -> list[Suspect]:
+    """Momentum over 1 carries the steps uphill at first order, as other data do: where all groups show the same
+    momentum over 1 it is the cause (`update_rule` counts their disagreement in its error)."""
+    if any(p.alarm for p in paces):
+        ways = [w._replace(alarm=False) if w.kind == "data" else w for w in ways]
     return ways + ([_earliest(paces)] if paces else [])
 
 

@@ -1,0 +1,100 @@
+"""The optimizer read off the checkpoints, where it is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+
+from hoanalysis.analysis.update_rule import chains, update_rule
+from hoanalysis.errors import ArgumentError
+
+from .trajectory import NAMES, Cubic, series, train
+
+
+def rule(model, points, labels=None, log=None, weights=True):
+    ds = series(model, points, labels)
+    return update_rule(ds["to:next"], ds["gradient"], ds["weights"] if weights else None, log)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.1])
+def test_full_batch_sgd_is_read_exactly(momentum):
+    """A cubic loss has no fourth derivative, so that the slope at the end of a step is exact at order 3."""
+    model = Cubic()
+    found = rule(model, train(model, 8, rates=0.03, momentum=momentum, decay=0.2)).isel(chain=0)
+    assert_allclose(found.momentum, momentum, atol=1e-7)
+    assert_allclose(found.learning_rates, 0.03, rtol=1e-6)
+    assert_allclose(found.learning_rate, 0.03, rtol=1e-6)
+    assert_allclose(found.decay, 0.03 * 0.2, rtol=1e-6)
+    assert found.pairs == 7
+    for name in ("momentum", "learning_rates", "decay"):
+        assert np.max(found[f"{name}_se"].values) < 1e-6
+
+
+def test_each_group_has_its_own_rate_and_one_that_stands_still_has_0():
+    model, rates = Cubic(), [0.03, 0.3, 0.0, 0.003]
+    found = rule(model, train(model, 8, rates=rates, momentum=0.5)).isel(chain=0)
+    assert found.group.values.tolist() == NAMES
+    assert_allclose(found.learning_rates, rates, rtol=1e-5, atol=1e-12)
+    assert_allclose(found.momentum, 0.5, atol=1e-6)
+
+
+def test_without_the_weights_decay_is_not_told():
+    model = Cubic()
+    found = rule(model, train(model, 8, rates=0.03, momentum=0.5), weights=False).isel(chain=0)
+    assert_allclose(found.learning_rates, 0.03, rtol=1e-6)
+    assert_allclose(found.momentum, 0.5, atol=1e-6)
+    assert found.decay == 0
+
+
+def test_with_the_noise_of_batches_the_errors_say_how_far_off_it_is():
+    model, off = Cubic(spread=0.3), []
+    for seed in range(30):
+        found = rule(model, train(model, 12, rates=0.03, momentum=0.8, seed=seed)).isel(chain=0)
+        off.append([(found.momentum - 0.8) / found.momentum_se, (found.learning_rate - 0.03) / found.learning_rate_se])
+    sizes = np.abs(np.array(off, dtype=float))
+    assert (np.median(sizes, axis=0) < 2).all()  # 0.7 if the jackknife of ten dependent pairs were perfect
+    assert (np.median(sizes, axis=0) > 0.2).all()  # and errors that are far too large say nothing
+
+
+def test_chains_are_cut_at_gaps_and_where_the_log_changes_the_rate():
+    model = Cubic()
+    points = train(model, 11, rates=0.03, momentum=0.5, change=(6, {"rates": 0.12}))
+    labels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 50]
+    ds = series(model, points, labels)["to:next"]
+    assert [c.positions for c in chains(ds)] == [tuple(range(10))]
+    log = pd.DataFrame({"step": [0, 6], "learning_rate": [0.03, 0.12]})
+    assert [c.positions for c in chains(ds, log)] == [tuple(range(6)), tuple(range(6, 10))]
+    found = rule(model, points, labels, log)
+    assert_allclose(found.learning_rate, [0.03, 0.12], rtol=1e-5)
+    assert found["first"].values.tolist() == [0, 6]
+    assert found["last"].values.tolist() == [6, 10]
+    mixed = rule(model, points, labels)
+    assert np.abs(mixed.learning_rate.values[0] - np.array([0.03, 0.12])).min() > 0.01
+    gaps = series(model, points, [0, 1, 2, 30, 31, 32, 33, 34, 60, 61, 62, 63])["to:next"]
+    assert [c.positions for c in chains(gaps)] == [(0, 1), (3, 4, 5, 6), (8, 9, 10)]
+
+
+def test_too_few_steps_and_steps_beyond_the_series_are_not_told():
+    model = Cubic()
+    short = rule(model, train(model, 3, rates=0.03))
+    assert np.isnan(short.momentum[0])
+    assert np.isnan(short.learning_rates).all()
+    points = train(model, 8, rates=0.03)
+    ds = series(model, points)
+    cut = {d: v.drop_vars(["D3", "D3_se", "D3_batch"]) for d, v in ds.items()}
+    jump = cut["to:next"].copy(deep=True)
+    jump.loss[:] = np.arange(9.0) * 100  # nothing is predicted: the slope at the end of no step can be trusted
+    assert update_rule(jump, cut["gradient"], cut["weights"]).pairs[0] == 0
+
+
+def test_other_datasets_are_refused():
+    model = Cubic()
+    ds = series(model, train(model, 6))
+    with pytest.raises(ArgumentError, match="gradient= is a Dataset along 'weights'"):
+        update_rule(ds["to:next"], ds["weights"])
+    with pytest.raises(ArgumentError, match="weights= is a Dataset along 'gradient'"):
+        update_rule(ds["to:next"], ds["gradient"], ds["gradient"])
+    with pytest.raises(ArgumentError, match="other groups or checkpoints"):
+        update_rule(ds["to:next"], ds["gradient"].isel(step=slice(2)))
+    with pytest.raises(ArgumentError, match="needs a series"):
+        update_rule(ds["to:next"], ds["gradient"].isel(step=0))
