@@ -146,7 +146,11 @@ def _summed(array: xr.DataArray, d: int) -> xr.DataArray:
 
 
 def _cumulated(terms: Sequence[xr.DataArray], order: xr.Variable) -> xr.DataArray:
-    return xr.concat(list(terms), order, coords="minimal", compat="override").cumsum("order").assign_coords(order=order)
+    return (
+        xr.concat(list(terms), order, coords="minimal", compat="override")
+        .cumsum("order", skipna=False)
+        .assign_coords(order=order)
+    )
 
 
 def _error(ds: xr.Dataset, like: xr.DataArray, blocks: xr.DataArray | None) -> xr.DataArray:

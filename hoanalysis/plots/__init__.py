@@ -3,11 +3,11 @@
 Every one works without further arguments. Nothing is shown or kept open: see `style.axes`.
 """
 
+from hoanalysis.plots.autopsy import prediction, waterfall
 from hoanalysis.plots.dots import learning_rates, regularizer
 from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import interaction_shares as shares
 from hoanalysis.plots.lines import loss, merging, pairs, spectrum, taylor, trajectories, triples
-from hoanalysis.plots.waterfall import prediction, waterfall
 from hoanalysis.plots.weights import flatness, laplace, saliency
 
 __all__ = [

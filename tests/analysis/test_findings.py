@@ -4,13 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import hoanalysis.accessor  # noqa: F401
 from hoanalysis.analysis.example import example
 from hoanalysis.analysis.findings import findings, pm
 from hoanalysis.analysis.interactions import interactions, shares
 from hoanalysis.analysis.merge import merge
+from hoanalysis.analysis.prediction import prediction
 from hoanalysis.analysis.steps import learning_rates
+from hoanalysis.analysis.verdict import best_multiple
 
 from .test_steps import with_null_group
+from .trajectory import Cubic, series, train
 
 
 def told(ds, log=None, word=""):
@@ -84,3 +88,64 @@ def test_what_is_not_held_is_not_told(drop):
 
 def test_one_group():
     assert findings(merge(example(steps=2), 1))
+
+
+# ---- the steps that training took -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken():
+    """A run of a quadratic whose learning rate is far too high from step 12 on."""
+    model = Cubic(third=0.0)
+    return series(model, train(model, 20, rates=0.02, momentum=0.0, change=(12, {"rates": 4.0})))
+
+
+def test_the_steps_are_judged_along_to_next_and_beside_the_gradient(broken):
+    log = pd.DataFrame({"step": [0, 12], "learning_rate": [0.02, 4.0]})
+    others = {d: ds for d, ds in broken.items() if d != "gradient"}
+    verdict = broken["to:next"].ho.autopsy(gradient=broken["gradient"], weights=broken["weights"], log=log).verdict
+    beside = findings(broken["gradient"], log, others)
+    along = findings(broken["to:next"], log, {d: ds for d, ds in broken.items() if d != "to:next"})
+    for said in (beside, along):
+        assert [s for s in said if s in verdict] == verdict
+        assert verdict[0].startswith("The run broke at step 12")
+        assert "from 0.02 to 4" in verdict[0]
+    assert not any("broke" in s for s in findings(broken["gradient"], log))
+
+
+def test_learning_rates_are_said_of_directions_that_a_step_is_minus_a_rate_times(broken):
+    log = pd.DataFrame({"step": [0], "learning_rate": [0.02]})
+    assert any("solve H-bar eta = g-bar" in s for s in findings(broken["gradient"], log))
+    for direction in ("to:next", "weights"):
+        assert not any("solve H-bar eta = g-bar" in s for s in findings(broken[direction], log))
+
+
+def test_how_many_steps_were_predicted_is_counted(broken):
+    ds = broken["to:next"]
+    told = prediction(ds)
+    known = np.isfinite(told.measured.values)
+    shares = [f"{told.within.sel(order=d).values[known].mean():.0%}" for d in (1, 2, 3)]
+    text = "\n".join(findings(ds))
+    assert f"Of {known.sum()} single steps" in text
+    assert f"in {', '.join(shares)} at the orders 1 to 3" in text
+    best = np.array([best_multiple(ds.isel(step=i)) for i in range(20)])
+    assert f"the best multiple is {np.nanmedian(best):.2g} in the median" in text
+    used = np.where(np.arange(20) < 12, 0.02, 4.0)
+    log = pd.DataFrame({"step": [0, 12], "learning_rate": [0.02, 4.0]})
+    needed = np.median((best * used)[np.isfinite(best)])
+    assert f"a learning rate of {needed:.2g} where" in "\n".join(findings(ds, log))
+
+
+def test_the_last_checkpoint_of_to_next_is_not_missing(broken):
+    ds = broken["to:next"]
+    assert "1 of 21 checkpoints are not computed" in findings(ds)[0]
+    told = ds.assign_coords(gap=("step", [""] * 20 + ["it has no next one"]))
+    assert "not computed" not in findings(told)[0]
+
+
+def test_the_steps_of_a_series_that_is_not_computed_are_not_judged(broken):
+    empty = broken["to:next"].map(lambda a: a * np.nan, keep_attrs=True)
+    assert not any("step from" in s for s in findings(broken["gradient"], None, {"to:next": empty}))
+    assert findings(empty) == ["None of 21 checkpoints is computed yet."]
+    first = broken["to:next"].drop_vars(["D2", "D2_se", "D2_batch", "D3", "D3_se", "D3_batch"])
+    assert findings(first)

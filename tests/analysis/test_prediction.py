@@ -46,6 +46,7 @@ def test_each_order_is_the_taylor_polynomial_and_order_3_is_the_measured_change(
     assert np.isnan(told.measured[5:]).all()
     assert np.isnan(told.within[5:]).all()
     assert np.isfinite(told.predicted[5]).all()
+    assert np.isnan(told.predicted[6]).all()
 
 
 def test_errors_are_those_of_paired_differences(run):

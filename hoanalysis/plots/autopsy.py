@@ -104,7 +104,7 @@ def prediction(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
                 ls="-" if name == "measured" else "--", label=str(name))  # fmt: skip
         if name == "measured":
             ax.errorbar(x, y, yerr=style.BAND * np.nan_to_num(se), fmt="none", ecolor=colour, elinewidth=1)
-    low, high = np.nanmin(measured), np.nanmax(measured)
+    low, high = np.nanmin(measured, initial=np.inf), np.nanmax(measured, initial=-np.inf)
     if ax.get_yscale() == "linear" and high > low:  # a prediction that explodes does not hide what was measured
         ax.set_ylim(low - (high - low), high + (high - low))
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)

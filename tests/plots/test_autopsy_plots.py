@@ -1,0 +1,98 @@
+"""The waterfall and the prediction of steps, on a run that breaks; where there is nothing they say so."""
+
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose
+
+from hoanalysis.analysis.autopsy import autopsy
+from hoanalysis.analysis.example import example
+from hoanalysis.analysis.prediction import prediction
+from hoanalysis.errors import ArgumentError
+from hoanalysis.plots import autopsy as draw
+from tests.analysis.trajectory import Cubic, summaries, train
+
+
+@pytest.fixture(autouse=True)
+def _agg():
+    with matplotlib.rc_context({"interactive": False}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def ds():
+    model = Cubic(third=0.3)
+    points = train(model, 20, rates=0.02, momentum=0.0, change=(12, {"rates": 1.0}))
+    return summaries(model, points, "to:next", labels=[*range(10), *range(50, 61)])
+
+
+@pytest.mark.parametrize("top", [1, 5, 100])
+def test_the_bars_lead_from_0_to_what_was_measured(ds, top):
+    found = autopsy(ds)
+    frame = draw.bars(found, top)
+    parts = frame[~frame["whole"]]
+    assert_allclose(parts["value"].sum(), found.measured, rtol=1e-10)
+    ends = (parts["start"] + parts["value"]).to_numpy()
+    assert_allclose(parts["start"].to_numpy()[1:], ends[:-1], atol=1e-12)
+    assert parts["start"].iloc[0] == 0
+    assert_allclose(ends[-2], found.predicted, rtol=1e-10)
+    assert frame["label"].tolist()[-3:] == ["predicted", "unexplained", "measured"]
+    assert frame["label"].iloc[0] == f"{found.terms['term'].iloc[0]}  (order {found.terms['order'].iloc[0]})"
+    assert len(frame) == min(top, 34) + (top < 34) + 3
+
+
+def test_the_waterfall_is_drawn_with_its_signs(ds):
+    ax = draw.waterfall(ds, step=ds.step.values[12])
+    frame = draw.bars(autopsy(ds, ds.step.values[12]))
+    widths = [p.get_width() for p in ax.patches]
+    assert_allclose(widths, frame["value"])
+    for patch, row in zip(ax.patches, frame.itertuples(), strict=True):
+        wanted = draw.WHOLE if row.whole else draw.UP if row.value > 0 else draw.DOWN
+        assert_allclose(patch.get_facecolor(), matplotlib.colors.to_rgba(wanted))
+    ax.figure.savefig(io.BytesIO(), dpi=40)
+    with pytest.raises(ArgumentError, match="no step that starts at"):
+        draw.waterfall(ds, step=99)
+
+
+def test_the_curves_are_the_measured_and_predicted_changes_of_single_steps(ds):
+    ax = draw.prediction(ds)
+    told = prediction(ds)
+    single = told.steps.values == 1
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["measured", "order 1", "order 2", "order 3"]
+    y = lines["measured"].get_ydata()
+    assert np.isnan(y).sum() == 2  # where steps are left out, and the step to the last checkpoint
+    assert_allclose(y[np.isfinite(y)], told.measured.values[single & np.isfinite(told.measured.values)])
+    y = lines["order 2"].get_ydata()
+    assert_allclose(y[np.isfinite(y)], told.predicted.sel(order=2).values[single])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "50"]
+    ax.figure.savefig(io.BytesIO(), dpi=40)
+
+
+@pytest.mark.parametrize("plot", [draw.waterfall, draw.prediction])
+def test_where_there_is_nothing_it_is_said(plot, ds):
+    for one in (example(steps=3), example(), ds.map(lambda a: a * np.nan, keep_attrs=True)):
+        figure = Figure()
+        ax = plot(one, ax=figure.add_subplot())
+        assert len(ax.texts) == 1
+        assert ax.texts[0].get_text().startswith("no ")
+
+
+@pytest.mark.parametrize("plot", [draw.waterfall, draw.prediction])
+def test_labels_that_would_break_a_figure(plot, ds):
+    strange = ["a$b$", "<script>", "\u6f22\u5b57\n\u202e", "x" * 300]
+    odd = ds.assign_coords({d: strange for d in ("group", "group2", "group3")})
+    ax = plot(odd)
+    ax.figure.savefig(io.BytesIO(), dpi=40)
+    boxes = [t.get_window_extent() for t in ax.get_yticklabels()]
+    assert min(b.x0 for b in boxes) >= -1
+
+
+def test_a_single_checkpoint_with_the_change_measured_is_drawn(ds):
+    one = ds.isel(step=3).assign(change_along=("tau", [0.1])).assign_coords(tau=[1.0])
+    ax = draw.prediction(one)
+    assert not ax.texts
+    ax.figure.savefig(io.BytesIO(), dpi=40)
