@@ -28,6 +28,7 @@ from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
 from hoanalysis.analysis import taylor_step as _taylor_step
 from hoanalysis.analysis import triples as _triples
+from hoanalysis.analysis import unsettled as _unsettled
 from hoanalysis.analysis import update_rule as _update_rule
 from hoanalysis.analysis.findings import findings
 from hoanalysis.analysis.groups import null_groups
@@ -124,6 +125,10 @@ class HoAccessor:
     def differences(self, other: xr.Dataset, step: Any = None, top: int | None = None) -> pd.DataFrame:
         """The rows of `compare`, the most significant first; see `analysis.compare.differences`."""
         return _compare.differences(_compare.compare(self._ds, other, step), top)
+
+    def unsettled(self, top: int | None = None) -> pd.DataFrame:
+        """Entries whose sign is not settled, and how many more batches would; see `analysis.unsettled`."""
+        return _unsettled.unsettled(self._ds, top)
 
     def null_groups(self) -> xr.DataArray:
         """Which groups have no effect beyond rounding; see `analysis.groups.null_groups`."""
