@@ -89,4 +89,5 @@ def _sentence(name: str, times: float, batches: float, *groups: str) -> str:
     if not np.isfinite(times):
         return f"no number of batches settles the sign of {where}: it is 0."
     total = f" ({np.ceil(batches):,.0f} in all)" if np.isfinite(batches) else ""
-    return f"needs about {f'{times:.2f}' if times < 10 else f'{times:,.0f}'} times as many batches{total} to settle the sign of {where}."
+    factor = f"{times:.2f}" if times < 10 else f"{times:,.0f}"
+    return f"needs about {factor} times as many batches{total} to settle the sign of {where}."
