@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hoanalysis import plots as plots
     from hoanalysis.checkpoints import load_checkpoint as load_checkpoint
     from hoanalysis.checkpoints import open_run as open_run
+    from hoanalysis.hessian import curvature as curvature
     from hoanalysis.partitions import Partition as Partition
     from hoanalysis.problem import Problem as Problem
     from hoanalysis.reports import report as report
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Partition": "partitions",
     "Problem": "problem",
+    "curvature": "hessian",
     "load_checkpoint": "checkpoints",
     "open_dataset": "store",
     "open_run": "checkpoints",
@@ -45,6 +47,7 @@ __all__ = [
     "Problem",
     "__version__",
     "analysis",
+    "curvature",
     "data",
     "errors",
     "load_checkpoint",
