@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hoanalysis as ho
+from hoanalysis.derivatives import nested as nested_engine
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import BRANCHES as BRANCHES_KEPT
 from hoanalysis.derivatives.engines import Tangents, Task
@@ -14,7 +15,7 @@ from hoanalysis.derivatives.tangents import OtherBranch, TangentsUnsupported, ca
 from hoanalysis.models import MLP
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
-from tests.derivatives.cases_tangents import Case, nested
+from tests.derivatives.cases_tangents import ARCHITECTURES, Case, nested
 
 
 @pytest.fixture(autouse=True)
@@ -268,11 +269,49 @@ def test_what_detach_cuts_off_is_exactly_zero():
     assert result.tensors[2][s].count_nonzero() == 0
 
 
-def test_orders_above_three_are_refused_for_now():
-    problem, state, u, partition = (case := net_case(torch.tanh)).ready()
+def close_at_all_orders(case: Case, partition: Partition, order: int) -> None:
+    """Tensors up to ``order``, and its diagonal alone, against nested reverse mode, to 1e-10 of the largest entry."""
+    problem, state, u, _ = case.ready()
+    expected = nested_engine.derivatives(problem, state, u, partition, case.batch, Request(order)).tensors
     program = capture(problem, state, case.batch)
-    with pytest.raises(TangentsUnsupported, match="above 3"):
-        program.derivatives(state, u, partition, case.batch, Request(4))
+    tensors = program.derivatives(state, u, partition, case.batch, Request(order)).tensors
+    alone = program.derivatives(state, u, partition, case.batch, Request(1, order)).diagonals[order]
+    assert set(tensors) == set(range(1, order + 1))
+    diagonal = torch.stack([expected[order][(s,) * order] for s in range(len(partition))])
+    for got, wanted in [*((tensors[d], expected[d]) for d in tensors), (alone, diagonal)]:
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * float(expected[order].abs().max()))
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_order_four_of_functions_of_all_kinds(name):
+    case = net_case(SEEN[name])
+    close_at_all_orders(case, Partition.blocks(case.model, 2), 4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_order_four_of_architectures(name):
+    case = ARCHITECTURES[name]()
+    close_at_all_orders(case, Partition.blocks(case.model, 2), 4)
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "lenet", "gpt tied", "resnet"])
+def test_order_five(name):
+    case = ARCHITECTURES[name]()
+    close_at_all_orders(case, Partition.blocks(case.model, 2), 5)
+
+
+@pytest.mark.parametrize("kind", ["kind", "split", "mixed"])
+def test_order_four_of_groups_that_cut_and_join_tensors(kind):
+    """Groups whose first use is not in their own order, that share a tensor, and that join tensors far apart."""
+    case = ARCHITECTURES["mlp gelu"]()
+    names = [n for n, _ in case.model.named_parameters()]
+    canonical = Partition.canonical(case.model)
+    partition = {
+        "kind": lambda: Partition.by_kind(case.model),
+        "split": lambda: Partition.split(case.model, {names[0]: (1, 5)}).merge({"rest": names[2:]}),
+        "mixed": lambda: canonical.merge({"ends": [names[0], names[-1]], "middle": names[1:-1]}),
+    }[kind]()
+    close_at_all_orders(case, partition, 4)
 
 
 def test_single_precision_agrees_with_double():

@@ -44,6 +44,18 @@ def test_vgg_is_near_its_floors():
     assert both == second  # x_aa = 0 in a ReLU network that uses each weight once
 
 
+def test_order_four_takes_a_third_order_for_each_group():
+    """D4 against D3: S times the passes, over graphs of three times the products; nested takes S^3 / 6 gradients."""
+    torch.manual_seed(0)
+    for depth in (3, 6):
+        model = MLP([64] * depth + [10], "tanh")
+        batch = (torch.randn(64, 64), torch.randint(0, 10, (64,)))
+        _, (third, fourth, diagonal) = counts(model, batch, [Request(3), Request(4), Request(3, 4)])
+        groups = 2 * depth
+        assert fourth - third <= 3.5 * groups * third
+        assert diagonal - third <= 3.5 * 5 * third
+
+
 def test_growth_with_the_number_of_groups():
     """tanh, width 128, batch 256, depth 4 to 32: S^1.15 or slower for D2, S^1.7 or slower for D3, in gradients."""
     torch.manual_seed(0)

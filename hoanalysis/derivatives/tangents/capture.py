@@ -104,6 +104,13 @@ class Builder:
         each = range(len(self.value(whole)))
         return tuple(self._emit(operator.getitem, (whole, i), {}, {0: whole.index}, live=False) for i in each)
 
+    def again(self, node: Node, args: tuple, kwargs: dict[str, Any]) -> Ref:
+        """A node of another graph once more, on other operands."""
+        assert node.op is not None
+        ref = self._emit(node.op, args, kwargs, flatten_inputs(args, kwargs), live=node.live)
+        self.nodes[ref.index].guard = node.guard
+        return ref
+
     # ---- lowering -----------------------------------------------------------------------------------------------
 
     def lower(self, module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -66,8 +66,29 @@ def bent(graph: Graph, groups: Mapping[int, Groups]) -> dict[int, Groups]:
     return found
 
 
+#: How much longer the graph of a directional derivative is: two products and one value for each product.
+GROWTH = 3.0
+
+
 def predict(graph: Graph, leaves: Mapping[int, Groups], size: int, request: Request) -> Cost:
     """The cost of ``request``; ``leaves`` gives each parameter node's groups, ``size`` is S."""
+    low = Request(min(request.order, 3), request.diagonal if (request.diagonal or 0) <= 3 else None)
+    parts = [_to_third(graph, leaves, size, low)]
+    for d in range(4, request.order + 1):
+        n = d - 3
+        third = _to_third(graph, leaves, size, Request(3))
+        parts.append(_times(third, math.comb(size + n - 1, n) * GROWTH**n, GROWTH**n))
+    if (d := request.diagonal or 0) > max(request.order, 3):
+        alone = _to_third(graph, {i: (0,) for i in leaves}, 1, Request(2, 3))
+        parts.append(_times(alone, size * GROWTH ** (d - 3), GROWTH ** (d - 3)))
+    return Cost(sum(p.flops for p in parts), sum(p.gradients for p in parts), max(p.bytes for p in parts))
+
+
+def _times(cost: Cost, work: float, memory: float) -> Cost:
+    return Cost(cost.flops * work, cost.gradients * work, cost.bytes * memory)
+
+
+def _to_third(graph: Graph, leaves: Mapping[int, Groups], size: int, request: Request) -> Cost:
     groups = active(graph, leaves)
     second = bent(graph, groups) if request.diagonal == 3 and request.order < 3 else {}
     base = flops = 0.0

@@ -14,6 +14,7 @@ from hoanalysis.derivatives.common import BatchDerivatives, Request
 from hoanalysis.derivatives.tangents import sweeps
 from hoanalysis.derivatives.tangents.capture import trace
 from hoanalysis.derivatives.tangents.costs import Cost, predict
+from hoanalysis.derivatives.tangents.directional import Higher, directional
 from hoanalysis.derivatives.tangents.graph import Graph, TangentsUnsupported, lowest_dtype
 from hoanalysis.derivatives.tangents.groups import Groups, Sums
 from hoanalysis.derivatives.tangents.rules import Stack
@@ -89,6 +90,7 @@ class Program:
         self.graph, self.key, self.samples = graph, key, samples
         self._parameters, self._fixed = parameters, fixed
         self._plans: dict[str, Plan] = {}
+        self._graphs = [graph]
 
     def derivatives(
         self,
@@ -103,28 +105,47 @@ class Program:
         Raises
         ------
         TangentsUnsupported
-            For orders above 3, and for a batch or state that the program was not captured for.
+            For a batch or state that the program was not captured for.
         """
-        if request.order > 3 or request.diagonal not in (None, 1, 2, 3):
-            raise TangentsUnsupported(f"order {request.highest} is above 3")
-        order = request.order
-        diagonal = request.diagonal == 3 and order < 3
         inputs = self._inputs(state, batch)
         plan = self._plan(partition)
+        leaves = plan.leaves(self.graph, state.parameters, direction)
         with torch.no_grad():
-            values, local = sweeps.forward(self.graph, inputs, max(request.highest, 1))
-            loss = values[self.graph.output]
-            del values
-            sums = Sums(len(partition), order, diagonal)
-            if self.graph.output in local:
-                leaves = plan.leaves(self.graph, state.parameters, direction)
-                if order >= 3:
-                    sweeps.full(self.graph, local, loss, leaves, sums)
-                else:
-                    second = order >= 2 or diagonal or request.diagonal == 2
-                    lam = sweeps.adjoints(self.graph, local, loss) if second else {}
-                    sweeps.stream(self.graph, local, lam, leaves, sums)
+            result = self._to_third(inputs, plan, leaves, request)
+            if request.highest > 3:
+                higher = Higher(self._directional(inputs, request.highest - 3), len(partition), inputs, leaves)
+                for d in range(4, request.order + 1):
+                    result.tensors[d] = plan.in_order(higher.tensor(d))
+                if (d := request.diagonal or 0) > max(request.order, 3):
+                    result.diagonals[d] = plan.in_order(higher.diagonal(d))
+        return result
+
+    def _to_third(
+        self, inputs: list[Tensor], plan: Plan, leaves: Mapping[int, Stack], request: Request
+    ) -> BatchDerivatives:
+        """What of a request is of order 3 or below."""
+        order = min(request.order, 3)
+        diagonal = request.diagonal == 3 and order < 3
+        values, local = sweeps.forward(self.graph, inputs, min(request.highest, 3))
+        loss = values[self.graph.output]
+        del values
+        sums = Sums(len(plan.order), order, diagonal)
+        if self.graph.output in local:
+            if order >= 3:
+                sweeps.full(self.graph, local, loss, leaves, sums)
+            else:
+                second = order >= 2 or diagonal or request.diagonal == 2
+                lam = sweeps.adjoints(self.graph, local, loss) if second else {}
+                sweeps.stream(self.graph, local, lam, leaves, sums)
         return plan.result(float(loss), sums, request)
+
+    def _directional(self, inputs: list[Tensor], times: int) -> list[Graph]:
+        """The graphs of the first ``times`` directional derivatives, after that of the loss; made once."""
+        while len(self._graphs) <= times:
+            more = len(self._graphs) - 1
+            parameters = [inputs[n.index] for n in self.graph.nodes[: self.graph.n_inputs] if n.parameter is not None]
+            self._graphs.append(directional(self._graphs[-1], [*inputs, *parameters * more]))
+        return self._graphs
 
     def check(
         self,
@@ -254,13 +275,21 @@ class Plan:
 
     def result(self, loss: float, sums: Sums, request: Request) -> BatchDerivatives:
         """Back to the partition's own order of groups."""
-        where = torch.tensor([self.position[g] for g in range(len(self.order))], dtype=torch.long)
-        tensors = {1: sums.D1[where]}
+        tensors = {1: self.in_order(sums.D1)}
         if request.order >= 2:
-            tensors[2] = sums.D2[where][:, where]
+            tensors[2] = self.in_order(sums.D2)
         if sums.D3 is not None:
-            tensors[3] = sums.D3[where][:, where][:, :, where]
+            tensors[3] = self.in_order(sums.D3)
         diagonals = {}
-        if request.diagonal is not None and request.diagonal > request.order:
-            diagonals[request.diagonal] = sums.diagonal[where] if request.diagonal == 3 else sums.D2.diagonal()[where]  # type: ignore[index]
+        if sums.diagonal is not None:
+            diagonals[3] = self.in_order(sums.diagonal)
+        elif request.order < 2 and request.diagonal == 2:
+            diagonals[2] = self.in_order(sums.D2.diagonal())
         return BatchDerivatives(loss, tensors, diagonals)
+
+    def in_order(self, tensor: Tensor) -> Tensor:
+        """A tensor over the groups in the order of first use, in the partition's own."""
+        where = torch.tensor([self.position[g] for g in range(len(self.order))], dtype=torch.long)
+        for axis in range(tensor.dim()):
+            tensor = tensor.index_select(axis, where)
+        return tensor

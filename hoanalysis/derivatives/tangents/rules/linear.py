@@ -95,8 +95,19 @@ rule(
     aten.index_put.default,
     aten.index_add.default,
     aten.index_copy.default,
-    aten.masked_scatter.default,
 )(Placed)
+
+
+@rule(aten.masked_scatter.default)
+class MaskedScatter(Placed):
+    """`torch.vmap` has no batched form of it."""
+
+    def push(self, key: Key, stack: Tensor) -> Tensor:
+        return torch.stack([self._at(key, x) for x in stack])
+
+    def pull(self, key: Key, stack: Tensor) -> Tensor:
+        back = torch.func.vjp(lambda x: self._at(key, x), torch.zeros_like(self._input(key)))[1]
+        return torch.stack([back(y)[0] for y in stack])
 
 
 @rule(
