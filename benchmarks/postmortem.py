@@ -2,6 +2,7 @@
 
     python benchmarks/postmortem.py FOLDER                    # the ten practice runs and the diverged one
     python benchmarks/postmortem.py FOLDER --what variants    # other tensors, factors, epochs, activations, seeds, Adam
+    python benchmarks/postmortem.py FOLDER --what fresh       # faults drawn at random, looked at once all was fixed
     python benchmarks/postmortem.py FOLDER --what prediction  # single steps of tanh LeNets, by order and by data
 
 Runs are trained by data/make_runs.py into FOLDER and summarized there on 512 training images (order 3 along to:next,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,6 +98,26 @@ def variants() -> list[Planned]:
     runs += [Planned(f"tanh-healthy-{s}", make_runs.HEALTHY, s) for s in range(50, 55)]
     runs += [Planned(f"relu-healthy-{s}", make_runs.HEALTHY, s, RELU) for s in range(60, 65)]
     runs += [Planned(f"adam-healthy-{s}", make_runs.HEALTHY, s, ADAM) for s in range(70, 73)]
+    return runs
+
+
+def fresh(count: int = 20) -> list[Planned]:
+    """Faults drawn at random, from seeds that nothing was looked at with: kind, tensor, factor, epoch, activation."""
+    rng = np.random.default_rng(2026)
+    names = [n for n, _ in models.LeNet5().named_parameters()]
+    drawn = {
+        "": lambda: make_runs.HEALTHY,
+        "rate": lambda: Fault("rate", float(rng.choice([10, 30, 100])), str(rng.choice(names)), int(rng.integers(5))),
+        "still": lambda: Fault("rate", 0.0, str(rng.choice(names)), int(rng.integers(5))),
+        "labels": lambda: Fault("labels", epoch=int(rng.integers(1, 5))),
+        "momentum": lambda: Fault("momentum", float(rng.choice([1.03, 1.05, 1.1])), epoch=int(rng.integers(1, 4))),
+        "decay": lambda: Fault("decay", float(rng.choice([100, 200])), epoch=int(rng.integers(4))),
+    }
+    runs = []
+    for i, kind in zip(range(count), itertools.cycle(["rate", "", "labels", "momentum", "decay", "", "still"])):  # noqa: B905
+        fault, settings = drawn[kind](), RELU if rng.random() < 0.5 else {}
+        name = _short(fault) if fault.kind else "healthy"
+        runs.append(Planned(f"fresh-{i}-{settings.get('activation', 'tanh')}-{name}", fault, 100 + i, settings))
     return runs
 
 
@@ -255,13 +277,14 @@ def _counted(which: str, seed: int, told: xr.Dataset) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--what", choices=["planted", "variants", "prediction"], default="planted")
+    parser.add_argument("--what", choices=["planted", "variants", "fresh", "prediction"], default="planted")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "prediction":
         print(markdown(predicted(given.folder)))
         return
-    frame = verdicts(planted() if given.what == "planted" else variants(), given.folder)
+    plans = {"planted": planted, "variants": variants, "fresh": fresh}[given.what]()
+    frame = verdicts(plans, given.folder)
     print("\n" + markdown(frame) + "\n\n" + markdown(hit_rate(frame)))
     if given.what == "planted":
         diverged(given.folder)

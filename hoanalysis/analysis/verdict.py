@@ -5,7 +5,7 @@
 | a group does not move | direction_norm exactly 0 while others move and its gradient is not 0 | to:next, gradient |
 | a group's learning rate | the rate that its steps show is far from that of all others, which agree | update rule |
 | momentum | the momentum that the steps show is over 1: steps grow without end | update rule |
-| weight decay | most of a step is a pull towards 0 that halves the weights within the run | update rule, norms |
+| weight decay | most of a step is a pull towards 0 that halves the weights within the run | norms |
 | the data | the loss climbs at first order: the steps do not go down the loss of the given data | D1 |
 | overshoot | the loss climbs at the orders 2 and up: the steps are too long | D1, D2, D3 |
 
@@ -136,11 +136,10 @@ def suspects(
     threshold), ``alarm`` (whether it is beyond the threshold and told from it) and ``statement``. Needs a series along
     ``to:next``; what ``gradient`` and ``weights`` are for is left out without them.
     """
-    found, paces = _still(ds, gradient), []
+    found, paces = [*_still(ds, gradient), *_decay(ds, chains(ds, log))], []
     if gradient is not None:
         rule = update_rule(ds, gradient, weights, log)
         found += _rates(rule)
-        found += _decay(ds, gradient, rule, chains(ds, log)) if weights is not None else []
         paces = _momentum(rule)
     found += _told_apart(_ways(ds, broke), paces)
     found.sort(key=lambda s: (not s.alarm, s.kind == "overshoot", -s.score))
@@ -225,40 +224,38 @@ def _momentum(rule: xr.Dataset) -> list[Suspect]:
     return out
 
 
-def _decay(ds: xr.Dataset, gradient: xr.Dataset, rule: xr.Dataset, parts: Sequence[Chain]) -> list[Suspect]:
-    """The share of the steps' squared length along -theta, and the steps in which decay alone halves the weights."""
+def _decay(ds: xr.Dataset, parts: Sequence[Chain]) -> list[Suspect]:
+    """How much of the steps pulls the weights towards 0, and in how many steps that halves them: norms alone.
+
+    In as many dimensions as a group has parameters, neither noise nor a gradient is that near to -theta; what pulls
+    the weights of a network without gradients is slow beside the run.
+    """
     labels = step_labels(ds)
-    size = gradient["parameter_norm"].reindex({schema.STEP: labels}).transpose(schema.STEP, schema.GROUP).values ** 2
-    move = ds["direction_norm"].transpose(schema.STEP, schema.GROUP).values ** 2
-    k, error, mu = (rule[n].values for n in ("decay", "decay_se", "momentum"))
-    sure = k - CLEAR * error
-    if not np.isfinite(sure).any():
-        return []
-    # mu and k are told apart in some chains only: both are taken from the one where k is surest
-    c = int(np.nanargmax(sure))
-    halving = float(np.log(2) * (1 - min(mu[c], 1.0)) / k[c]) if k[c] > 0 else np.inf
-    pulls = np.array([_pull(chain, size, move) for chain in parts])
-    most = int(np.argmax(pulls))
-    first, last = (rule[n].values[most] for n in ("first", "last"))
-    text = (
-        f"From step {first} to {last} {pulls[most]:.0%} of the steps' squared length is a pull of the weights towards "
-        f"0; the steps show a learning rate times weight decay of {k[c]:.1e} ± {error[c]:.0e}"
-    )
-    score = float(min(pulls[most] / PULL, (labels[-1] - labels[0]) / halving if halving > 0 else np.inf))
-    alarm = bool(score > 1 and sure[c] > 0)
-    text += f", which alone halves the weights in {halving:.0f} steps." if alarm else "."
-    return [Suspect("weight decay", (), first, score, alarm, text)]
+    size, move = (ds[n].transpose(schema.STEP, schema.GROUP).values ** 2 for n in ("parameter_norm", "direction_norm"))
+    out = []
+    for chain in parts:
+        pull, rate = _pull(chain, size, move)
+        halving = np.log(2) / rate if rate > 0 else np.inf
+        score = float(min(pull / PULL, (labels[-1] - labels[0]) / halving))
+        first, last = labels[chain.positions[0]], labels[chain.positions[-1]] + 1
+        text = f"From step {first} to {last} {pull:.0%} of the steps' squared length is a pull of the weights towards 0"
+        text += f", which halves them in {halving:.0f} steps." if score > 1 else "."
+        out.append(Suspect("weight decay", (), first, score, bool(score > 1), text))
+    return [_earliest(out)] if out else []
 
 
-def _pull(chain: Chain, size: Array, move: Array) -> float:
-    """Of all groups and steps of a chain, sum (theta.u)^2 / |theta|^2 where theta.u < 0, over sum |u|^2."""
-    along, total = 0.0, 0.0
+def _pull(chain: Chain, size: Array, move: Array) -> tuple[float, float]:
+    """Over the groups and steps of a chain, where theta.u < 0: sum (theta.u)^2 / |theta|^2 over sum |u|^2, and the mean
+    over steps of sum |theta.u| / sum |theta|^2, the rate at which the norm of all weights shrinks."""
+    along, total, rates = 0.0, 0.0, []
     for i in chain.positions:
         outward = (size[i + 1] - size[i] - move[i]) / 2
         known = np.isfinite(outward) & (size[i] > 0)
-        along += float((np.minimum(outward[known], 0.0) ** 2 / size[i][known]).sum())
-        total += float(move[i].sum())
-    return along / total if total > 0 else 0.0
+        inward = np.minimum(outward[known], 0.0)
+        along += float((inward**2 / size[i][known]).sum())
+        total += float(move[i][known].sum())
+        rates.append(float(-inward.sum() / size[i][known].sum()) if known.any() else 0.0)
+    return (along / total if total > 0 else 0.0), float(np.mean(rates))
 
 
 # ---- the two ways in which a loss rises -----------------------------------------------------------------------------
