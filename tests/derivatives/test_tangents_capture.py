@@ -338,3 +338,15 @@ def test_a_softmax_in_another_dtype(softmax):
     first, second, third = nested(problem, state, u, partition, case.batch, c := torch.randn(len(partition)))
     for got, expected in ((result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_complex_numbers_are_refused():
+    """Not a number of the chain rule as it is written here: cut off, they would be silently wrong."""
+
+    def rotated(x):
+        turned = torch.view_as_complex(x.reshape(-1, 2, 2)) * torch.polar(torch.ones(2), torch.tensor([0.3, 1.0]))
+        return torch.view_as_real(turned).reshape(x.shape)
+
+    problem, state, _, _ = (case := net_case(rotated)).ready()
+    with pytest.raises(TangentsUnsupported, match="complex"):
+        capture(problem, state, case.batch)

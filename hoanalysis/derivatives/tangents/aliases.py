@@ -123,9 +123,8 @@ class Aliases:
         if name == "select":
             return b(aten.select_scatter.default, parent, new, *view.args, **view.kwargs)
         if name == "slice":
-            axis, *ends = (*view.args, *(0, None, None, 1)[len(view.args) :])
-            first, last, stride = slice(*ends).indices(shape[axis])
-            return b(aten.slice_scatter.default, parent, new, axis, first, last, stride)
+            cut: list[Any] = [*view.args, *[0, None, None, 1][len(view.args) :]]
+            return b(aten.slice_scatter.default, parent, new, cut[0], *slice(*cut[1:]).indices(shape[cut[0]]))
         if name == "narrow":
             axis, start, length = view.args
             return b(aten.slice_scatter.default, parent, new, axis, start, start + length)

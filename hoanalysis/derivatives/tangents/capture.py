@@ -166,6 +166,8 @@ class Builder:
                 keys = tuple(k for k, i in inputs.items() if self.nodes[i].live)
                 local = known(op, given, named, keys, 1)
                 value = local.value
+        if live and any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves(value)):
+            raise TangentsUnsupported(f"{op} gives complex numbers")
         if live and not is_float(value):
             if isinstance(value, (tuple, list)) and any(is_float(v) for v in value):
                 raise TangentsUnsupported(f"{op} gives several outputs and has no rule")

@@ -4,8 +4,8 @@ With g(theta) = d/dt L(theta + t U^s) at t = 0, the derivatives of g are those o
 
     D^(d)[s, ..] of L = D^(d-1)[..] of g,
 
-so that D4 takes S full third orders, and D^(d) takes S^(d-3) of them: O(S^(d-2)) passes. The graph of g is made from the
-graph of L by the chain rule, node by node, with the same three kinds of node in it; it can be differentiated again.
+so that D4 takes S full third orders, and D^(d) takes S^(d-3) of them: O(S^(d-2)) passes. The graph of g is made from
+the graph of L by the chain rule, node by node, with the same three kinds of node in it; it can be differentiated again.
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ def _add(at: _At, dots: Dots) -> Ref:
 
 @_of(linear.PiecewiseLinear)
 def _piecewise_linear(at: _At, dots: Dots) -> Ref:
-    return at.b(aten.mul.Tensor, dots[0], at.fixed(_slope(at.node.op, at.node.rule)))
+    return at.b(aten.mul.Tensor, dots[0], at.fixed(_slope(at.node.op, at.node.rule)))  # type: ignore[arg-type]
 
 
 @cache
-def _slope(op: Callable, kind: type[linear.PiecewiseLinear]) -> Callable[..., Tensor]:
+def _slope(op: Callable, kind: Any) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: kind(op, args, kwargs, (0,), 1).factor
 
 
