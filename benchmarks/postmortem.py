@@ -114,7 +114,7 @@ def fresh(count: int = 20) -> list[Planned]:
         "decay": lambda: Fault("decay", float(rng.choice([100, 200])), epoch=int(rng.integers(4))),
     }
     runs = []
-    for i, kind in zip(range(count), itertools.cycle(["rate", "", "labels", "momentum", "decay", "", "still"])):  # noqa: B905
+    for i, kind in zip(range(count), itertools.cycle(["rate", "", "labels", "momentum", "decay", "", "still"])):
         fault, settings = drawn[kind](), RELU if rng.random() < 0.5 else {}
         name = _short(fault) if fault.kind else "healthy"
         runs.append(Planned(f"fresh-{i}-{settings.get('activation', 'tanh')}-{name}", fault, 100 + i, settings))

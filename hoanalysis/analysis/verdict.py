@@ -43,6 +43,7 @@ RATE_RATIO = 5.0
 AGREE = 0.75  # of the groups within RATE_RATIO of the median: otherwise the optimizer has no rate in common (Adam)
 UNSTABLE = 1.0  # momentum: above it the steps grow without end, whatever the loss
 PULL = 0.5  # of a step's squared length along -theta: more than half of the step forgets and less than half learns
+MANY = 20  # parameters in a group, below which a step is along theta or against it by chance (1/P of its square)
 HALF = 0.5  # of the climb of the loss that the first order accounts for, for the data to be the cause
 
 
@@ -228,10 +229,12 @@ def _decay(ds: xr.Dataset, parts: Sequence[Chain]) -> list[Suspect]:
     """How much of the steps pulls the weights towards 0, and in how many steps that halves them: norms alone.
 
     In as many dimensions as a group has parameters, neither noise nor a gradient is that near to -theta; what pulls
-    the weights of a network without gradients is slow beside the run.
+    the weights of a network without gradients is slow beside the run. Groups of a few parameters are left out.
     """
     labels = step_labels(ds)
     size, move = (ds[n].transpose(schema.STEP, schema.GROUP).values ** 2 for n in ("parameter_norm", "direction_norm"))
+    if "numel" in ds.coords:
+        size = np.where(ds["numel"].values >= MANY, size, np.nan)
     out = []
     for chain in parts:
         pull, rate = _pull(chain, size, move)
@@ -253,7 +256,7 @@ def _pull(chain: Chain, size: Array, move: Array) -> tuple[float, float]:
         known = np.isfinite(outward) & (size[i] > 0)
         inward = np.minimum(outward[known], 0.0)
         along += float((inward**2 / size[i][known]).sum())
-        total += float(move[i][known].sum())
+        total += float(move[i].sum())
         rates.append(float(-inward.sum() / size[i][known].sum()) if known.any() else 0.0)
     return (along / total if total > 0 else 0.0), float(np.mean(rates))
 

@@ -64,11 +64,35 @@ def test_momentum_over_1_is_named():
     assert first_alarm(found)[0] == "momentum"
 
 
-def test_weight_decay_that_pulls_more_than_the_data_is_named():
-    model = Cubic(spread=0.05)
-    model.a *= 0.02
-    found = looked_into(train(model, 25, rates=0.02, momentum=0.5, decay=3.0), model)
+def norms_alone(decay, noise=0.01, steps=12, size=500, seed=0):
+    """A series along to:next of two groups that move by noise, a gradient across theta and decay."""
+    rng, rows = np.random.default_rng(seed), []
+    x = rng.normal(size=(2, size))
+    for _ in range(steps):
+        u = -decay * x + noise * rng.normal(size=x.shape)
+        rows.append((np.linalg.norm(x, axis=1), np.linalg.norm(u, axis=1)))
+        x = x + u
+    theta, move = (np.stack(r) for r in zip(*rows, strict=True))
+    names = ["a", "b"]
+    ds = xr.Dataset(
+        {"loss": ("step", np.ones(steps)), "D1": (("step", "group"), -np.ones((steps, 2)))}
+        | {"D2": (("step", "group", "group2"), np.ones((steps, 2, 2)))},
+        coords={"step": np.arange(steps), "group": names, "group2": names, "numel": ("group", [size, size])},
+        attrs={"direction": "to:next"},
+    )
+    return ds.assign_coords(parameter_norm=(("step", "group"), theta), direction_norm=(("step", "group"), move))
+
+
+def test_weight_decay_that_pulls_more_than_the_data_is_named_from_norms_alone():
+    found = autopsy(norms_alone(0.08))
     assert first_alarm(found)[0] == "weight decay"
+    assert "halves them in 9 steps" in found.verdict[0]  # ln 2 / 0.08 = 8.7
+    assert first_alarm(autopsy(norms_alone(0.0))) == ("none", ())
+    assert first_alarm(autopsy(norms_alone(0.005))) == ("none", ())  # a fifth of the step
+    # a network without gradients, whose weights shrink slowly beside the run
+    assert first_alarm(autopsy(norms_alone(0.005, noise=1e-5))) == ("none", ())
+    few = norms_alone(0.08).assign_coords(numel=("group", [1, 1]))  # of one parameter every step is along theta
+    assert first_alarm(autopsy(few)) == ("none", ())
 
 
 def test_steps_that_follow_other_data_are_not_blamed_on_learning_rates():

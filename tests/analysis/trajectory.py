@@ -125,6 +125,7 @@ def _one(model: Cubic, x: np.ndarray, u: np.ndarray | None, order: int) -> xr.Da
         data[f"{name}_batch"] = (("batch", *dims), gone * w * v)
     coords: dict = {schema.group_dim(i): NAMES for i in range(3)}
     coords["layer"] = ("group", ["a", "a", "b", "b"])
+    coords["numel"] = ("group", np.bincount(OWNER))
     coords["kind"] = ("group", ["weight", "bias"] * 2)
     sizes = np.sqrt(np.bincount(OWNER, x**2)) * (np.nan if u is None else 1.0)
     coords["parameter_norm"] = ("group", sizes)
