@@ -113,7 +113,7 @@ def _negative(one: xr.Dataset) -> tuple[int, int]:
 def _status(one: xr.Dataset) -> str:
     values, errors = _spectrum(one)
     if not len(values):
-        return "not computed: D2 of this checkpoint is missing."
+        return "not computed: entries of D2 are missing at this checkpoint."
     negative, clear = _negative(one)
     told = {-1: "without standard errors", 0: "none of them told from 0"}.get(clear, f"{clear} of them told from 0")
     lines = [f"negative curvature: {negative} of {len(values)} eigenvalues are negative, {told}."] if negative else []

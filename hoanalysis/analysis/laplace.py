@@ -155,7 +155,7 @@ def _status(one: xr.Dataset, n: float, tau: float) -> str:
     used, names = _norm(one) > 0, np.array(schema.labels(one), dtype=object)
     matrix = precision(one, tensors(one, ["D2"])["D2"], n, tau)[np.ix_(used, used)]
     if not np.isfinite(matrix).all() or not matrix.size:
-        return "not computed: D2 of this checkpoint is missing."
+        return "not computed: entries of D2 are missing at this checkpoint."
     without = f"no scale: the weights of {listed(names[~used])} are all 0." if not used.all() else ""
     lowest = np.linalg.eigvalsh(_unit(matrix))[0]
     if lowest > 0:
