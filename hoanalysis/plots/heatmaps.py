@@ -118,6 +118,10 @@ def blocks(
     """
     found = blocks_of(frames.at_step(ds, step), which, regularization, epsilon)
     values = np.concatenate([np.ravel(a.values) for a in found.values()])
+    if not np.isfinite(values).any():
+        first = next(iter(found.values()))
+        message = f"{first.attrs['long_name']}: nothing computed at {_when(first)}"
+        return style.nothing(style.axes(ax, 5.0, 3.0), message)
     norm = style.signed_norm(values, scale or style.auto_scale(values))
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)

@@ -59,12 +59,43 @@ DATASETS = {
 }
 
 
+def shown(figure):
+    """Every finite number that is drawn as data."""
+    numbers = []
+    for ax in figure.axes:
+        if ax.get_label() == "<colorbar>":
+            continue
+        lines = [line for line in ax.lines if not np.array_equal(line.get_xydata()[:, 0], [0, 1])]  # no axhline
+        numbers += [np.ravel(line.get_ydata()) for line in lines if len(line.get_xydata())]
+        numbers += [np.ma.filled(mesh.get_array(), np.nan).ravel() for mesh in ax.collections if hasattr(mesh, "cmap")]
+        numbers += [np.array([patch.get_width(), patch.get_height()]) for patch in ax.patches]
+    found = np.concatenate([np.asarray(n, float) for n in numbers]) if numbers else np.zeros(0)
+    return found[np.isfinite(found)]
+
+
+def told(figure):
+    """Every text of the figure but tick labels."""
+    return [t.get_text() for ax in figure.axes for t in (*ax.texts, ax.title) if t.get_text()]
+
+
 @pytest.mark.parametrize("make", DATASETS.values(), ids=DATASETS.keys())
 @pytest.mark.parametrize("name", plots.__all__)
-def test_every_plot_works_without_arguments(name, make):
-    ax = getattr(plots, name)(make())
+def test_every_plot_shows_numbers_or_says_why_not(name, make):
+    ds = make()
+    ax = getattr(plots, name)(ds)
     assert isinstance(ax, Axes)
     ax.figure.savefig(io.BytesIO(), dpi=40)
+    assert all(text.strip() for text in told(ax.figure))
+    assert told(ax.figure), "a title or a reason"
+    assert len(shown(ax.figure)) or any(len(t) > 20 for t in told(ax.figure))
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "regularizer", "matrix", "errors", "third", "change"])
+def test_labels_are_drawn_as_text(name):
+    figure = getattr(plots, name)(strange_labels()).figure
+    ticks = [t.get_text() for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for t in axis.get_ticklabels()]
+    assert set(style.texts(STRANGE)) <= set(ticks)
+    assert "<script>" in ticks
 
 
 @pytest.mark.parametrize("name", plots.__all__)
