@@ -350,3 +350,29 @@ def test_complex_numbers_are_refused():
     problem, state, _, _ = (case := net_case(rotated)).ready()
     with pytest.raises(TangentsUnsupported, match="complex"):
         capture(problem, state, case.batch)
+
+
+MIXED = {
+    "where": lambda low, x: torch.where(x > 0, low, x),
+    "cat": lambda low, x: torch.cat([low[:, :2], x[:, :2].sin()], 1),
+    "mul": lambda low, x: low * x.sin(),
+    "add": lambda low, x: low.tanh() + x,
+    "maximum": lambda low, x: torch.maximum(low.sin(), x),
+    "index_put": lambda low, x: x.sin().index_put((torch.tensor([1, 4]),), low[:2].to(x.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_operands_of_different_dtypes(name):
+    """Single precision in one branch, as in routers and norms of language models; promoted where they meet."""
+    case = net_case(lambda x: MIXED[name](x.float().tanh(), x))
+    problem, state, u, partition = case.ready()
+    program = capture(problem, state, case.batch)
+    result = program.derivatives(state, u, partition, case.batch, Request(3))
+    streamed = program.derivatives(state, u, partition, case.batch, Request(2, diagonal=3))
+    first, second, third = nested(problem, state, u, partition, case.batch, c := torch.randn(len(partition)))
+    for got, expected in (
+        (result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third),
+        (streamed.tensors[2], second), (streamed.diagonals[3], torch.einsum("iii->i", result.tensors[3])),
+    ):  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -56,27 +56,31 @@ def adjoints(graph: Graph, local: Locals, loss: Tensor) -> dict[int, Tensor]:
             continue
         for key, i in n.sources.items():
             if graph.nodes[i].needs_adjoint:
-                part = local[n.index].pull(key, lam[n.index][None])[0]
+                part = _pull(graph, local[n.index], key, i, lam[n.index][None])[0]
                 lam[i] = lam[i] + part if i in lam else part
         if not n.curved:
             del lam[n.index]
     return lam
 
 
-def assemble(parts: list[Stack], shape: tuple[int, ...]) -> Stack:
+def _pull(graph: Graph, rule: Local, key: Key, source: int, stack: Tensor) -> Tensor:
+    """phi'^T of a stack, in the dtype of the input: operands of different dtypes are promoted before an op."""
+    return rule.pull(key, stack).to(graph.nodes[source].dtype)
+
+
+def assemble(parts: list[Stack], n: Node) -> Stack:
     """The sum of some stacks over the union of their groups."""
     if len(parts) == 1:
         return parts[0]
-    return _sum([(p.groups, p.data, None) for p in parts], shape)
+    return _sum([(p.groups, p.data, None) for p in parts], n)
 
 
 def push_node(n: Node, local: Local, tangents: Stacks) -> Stack:
     """The first-order tangents of a node."""
-    assert n.shape is not None
     if len(tangents) == 1:
         ((key, t),) = tangents.items()
-        return Stack(t.groups, local.push(key, t.data))
-    return _sum([(t.groups, t.data, (local, key)) for key, t in tangents.items()], n.shape)
+        return Stack(t.groups, local.push(key, t.data).to(n.dtype))
+    return _sum([(t.groups, t.data, (local, key)) for key, t in tangents.items()], n)
 
 
 def bend_node(n: Node, local: Local, tangents: Stacks, bents: Stacks) -> Stack | None:
@@ -95,8 +99,7 @@ def bend_node(n: Node, local: Local, tangents: Stacks, bents: Stacks) -> Stack |
             return own
         parts.append((own.groups, own.data, None))
     parts += [(b.groups, b.data, (local, key)) for key, b in bents.items()]
-    assert n.shape is not None
-    return _sum(parts, n.shape)
+    return _sum(parts, n)
 
 
 def _onto(total: Stack, part: Stack, local: Local, key: Key) -> None:
@@ -108,12 +111,12 @@ def _onto(total: Stack, part: Stack, local: Local, key: Key) -> None:
         total.data.index_add_(0, where, local.push(key, part.data).contiguous())
 
 
-def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], shape: tuple[int, ...]) -> Stack:
-    """The sum of stacks, each pushed through a rule where one is given, straight into its rows of the result."""
+def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], n: Node) -> Stack:
+    """The sum of stacks of a node, each pushed through a rule where one is given, straight into its rows of the result."""
     groups: Groups = ()
     for g, _, _ in parts:
         groups = union(groups, g)
-    out = parts[0][1].new_empty(len(groups), *shape)
+    out = parts[0][1].new_empty(len(groups), *(n.shape or ()), dtype=n.dtype)
     written: set[int] = set()
     for have, data, through in sorted(parts, key=lambda p: -len(p[0])):
         where = rows(have, groups)
@@ -187,8 +190,7 @@ def full(graph: Graph, local: Locals, loss: Tensor, leaves: Mapping[int, Stack],
         if n.index not in local or not n.needs_adjoint:
             continue
         rule, mine = local.pop(n.index), lam.pop(n.index)
-        assert n.shape is not None
-        lamT = assemble(found, n.shape) if (found := parts.pop(n.index, None)) else None
+        lamT = assemble(found, n) if (found := parts.pop(n.index, None)) else None
         tangents = {key: T[i] for key, i in n.sources.items()} if n.curved else {}
         if n.curved:
             rule.second(sums, mine, tangents)
@@ -196,10 +198,10 @@ def full(graph: Graph, local: Locals, loss: Tensor, leaves: Mapping[int, Stack],
         for key, i in n.sources.items():
             if not graph.nodes[i].needs_adjoint:
                 continue
-            part = rule.pull(key, mine[None])[0]
+            part = _pull(graph, rule, key, i, mine[None])[0]
             lam[i] = lam[i] + part if i in lam else part
             if lamT is not None:
-                parts.setdefault(i, []).append(Stack(lamT.groups, rule.pull(key, lamT.data)))
+                parts.setdefault(i, []).append(Stack(lamT.groups, _pull(graph, rule, key, i, lamT.data)))
             if n.curved and (own := rule.pull_second(key, mine, tangents)) is not None:
                 parts.setdefault(i, []).append(own)
         rule.release()
