@@ -1,6 +1,10 @@
 """Standard errors of means and of whatever is computed from them, from the kept blocks of batches.
 
-All are conditional on the direction u: where u is the gradient of the same data, the unconditional error is larger.
+They are as the blocks are: conditional on the direction u, or, of a Dataset whose attribute ``standard_errors`` begins
+with "unconditional", with what the data do through u, where the blocks hold that influence already (summarize with
+``errors="unconditional"``). Where u is the gradient of the same data, the unconditional error is larger. An interval of
+95 % is estimate +- t se, t of Student's distribution with (blocks - 1) degrees of freedom; docs/errors.md has measured
+what such intervals hold.
 """
 
 from collections.abc import Callable, Sequence
