@@ -2,23 +2,26 @@
 
 import csv
 import importlib
+import importlib.util
 import math
 import os
 import tomllib
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import hoanalysis as ho
 from hoanalysis import data
 from hoanalysis.checkpoints import fit, open_run
 
 DATA = Path(__file__).parents[1] / "data"
-RUNS = ("lenet5-mnist", "gpt-docs")
+RUNS = ("lenet5-mnist", "gpt-docs", "lenet5-mnist-diverged")
 
 
 def study(name):
@@ -68,7 +71,9 @@ def test_lenet5_was_kept_every_epoch_and_is_right_on_95_percent():
     assert_close(right, float(log("lenet5-mnist")[run.steps[-1]]["test_accuracy"]), rtol=0, atol=0.002)
 
 
-@pytest.mark.parametrize("name", ["lenet5-mnist", pytest.param("gpt-docs", marks=needs_recorded_text)])
+@pytest.mark.parametrize(
+    "name", ["lenet5-mnist", "lenet5-mnist-diverged", pytest.param("gpt-docs", marks=needs_recorded_text)]
+)
 @pytest.mark.parametrize("position", [0, -1])
 def test_the_logged_losses_are_those_of_the_checkpoints(name, position):
     model, checkpoint = model_at(name, position)
@@ -122,3 +127,74 @@ def test_the_study_names_factories_that_work_together(name):
 def test_the_shipped_data_is_small():
     sizes = [os.path.getsize(p) for p in DATA.rglob("*") if p.is_file() and "cifar" not in str(p)]
     assert sum(sizes) < 12e6
+
+
+# ---- the broken runs ------------------------------------------------------------------------------------------------
+
+
+def test_the_diverged_run_keeps_16_single_steps_across_the_break():
+    run, rows = open_run(DATA / "lenet5-mnist-diverged"), log("lenet5-mnist-diverged")
+    assert [s for s in run.steps if 100 < s < 150] == list(range(114, 130))
+    assert {float(rows[s]["learning_rate"]) for s in run.steps if s < 120} == {0.05}
+    assert {float(rows[s]["learning_rate"]) for s in run.steps if s >= 120} == {0.5}
+    loss = {s: float(rows[s]["loss"]) for s in run.steps}
+    assert max(loss[s] for s in range(114, 121)) < 0.17
+    assert loss[121] > 1.5 * loss[120]
+    assert loss[129] > 10 * loss[120]
+    assert sum(p.numel() for p in model_at("lenet5-mnist-diverged", 0)[0].parameters()) == 15738
+
+
+def test_the_autopsy_of_the_diverged_run_names_the_step_and_the_groups():
+    run = open_run(DATA / "lenet5-mnist-diverged")
+    single = run[run.steps.index(114) : run.steps.index(129) + 1]
+    model, _ = model_at("lenet5-mnist-diverged", 0)
+    problem = ho.Problem(model, data.mnist5k("train", batch_size=64, max_samples=256), F.cross_entropy)
+    ds = ho.summarize_run(single, problem, 3, direction="to:next", keep_batches=4, self_check=False, progress=False)
+    found = ds.ho.autopsy(log=pd.read_csv(DATA / "lenet5-mnist-diverged" / "log.csv"))
+    assert (found.step, found.broke.step) == (120, 120)
+    assert found.verdict[0].endswith("The log changes the learning rate there, from 0.05 to 0.5.")
+    first = found.suspects.iloc[0]
+    assert (first["kind"], first["alarm"]) == ("overshoot", True)
+    raised = found.shares[found.shares["share"] > 0]
+    assert first["groups"] == tuple(raised["group"][: len(first["groups"])])
+
+
+def make_runs():
+    spec = importlib.util.spec_from_file_location("make_runs", DATA / "make_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_faults_are_planted_where_they_say():
+    made = make_runs()
+    parameters = {"conv2.weight": torch.zeros(1), "fc1.weight": torch.zeros(1)}
+
+    def planted(fault):
+        groups = [{"params": [p.clone().requires_grad_()], "name": n} for n, p in parameters.items()]
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4)
+        made.plant(optimizer, fault)
+        return [[g[k] for g in optimizer.param_groups] for k in ("lr", "momentum", "weight_decay")]
+
+    assert planted(made.FAULTS["rate-x30"]) == [[1.5, 0.05], [0.9, 0.9], [5e-4, 5e-4]]
+    assert planted(made.FAULTS["rate-x0"]) == [[0.05, 0.0], [0.9, 0.9], [5e-4, 5e-4]]
+    assert planted(made.FAULTS["momentum"]) == [[0.05, 0.05], [1.05, 1.05], [5e-4, 5e-4]]
+    assert planted(made.FAULTS["decay-x100"]) == [[0.05, 0.05], [0.9, 0.9], [0.05, 0.05]]
+    for fault in (made.FAULTS["labels"], made.HEALTHY):
+        assert planted(fault) == [[0.05, 0.05], [0.9, 0.9], [5e-4, 5e-4]]
+
+
+def test_a_practice_run_is_healthy_until_its_fault(tmp_path, monkeypatch):
+    made = make_runs()
+    monkeypatch.setattr(made, "EPOCHS", 2)
+    for name, fault in {"labels": made.Fault("labels", epoch=1), "healthy": made.HEALTHY}.items():
+        (tmp_path / name).mkdir()
+        made.practice(tmp_path / name, fault)
+    bad, good = (open_run(tmp_path / n) for n in ("labels", "healthy"))
+    assert list(bad.steps) == list(good.steps) == [*range(9), *range(40, 49), 80]
+    same = [bad.sha256(i) == good.sha256(i) for i in range(len(bad))]
+    assert same == [s <= 40 for s in bad.steps]
+    with (tmp_path / "labels" / "log.csv").open(newline="") as stream:
+        losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
+    assert losses[80] > 2 > 0.5 > losses[40]
+    assert tomllib.loads((tmp_path / "labels" / "study.toml").read_text())["summaries"]["directions"][1] == "to:next"
