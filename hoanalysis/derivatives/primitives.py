@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -26,14 +27,17 @@ class primitive_operations(TorchFunctionMode):
         replacement = _REPLACEMENTS.get(func)
         if replacement is not None:
             return replacement(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # what it calls inside does not come here
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **(kwargs or {}))
         if func in _RECURRENT:
-            with _without_mkldnn():
+            with without_mkldnn():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def _without_mkldnn() -> Iterator[None]:
+def without_mkldnn() -> Iterator[None]:
     """Recurrent layers on torch's own kernels, the only ones with a double backward. Touches no other flag."""
     (enabled, *_) = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
@@ -158,6 +162,32 @@ def scaled_dot_product_attention(
     return scores.softmax(-1) @ value
 
 
+def embedding_bag(
+    input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+    per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Sums or means of rows of a table: torch has no second derivative of it. Other forms are left to torch."""
+    if mode == "max" or max_norm is not None or padding_idx is not None:
+        return F.embedding_bag(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    if input.dim() == 2:
+        offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
+    assert offsets is not None
+    starts = offsets[:-1] if include_last_offset and input.dim() == 1 else offsets
+    bag = torch.searchsorted(starts, torch.arange(input.numel(), device=input.device), right=True) - 1
+    rows = weight[input.flatten()]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.flatten()[:, None]
+    total = rows.new_zeros(len(starts), weight.shape[1]).index_add(0, bag, rows)
+    if mode == "sum":
+        return total
+    counts = torch.bincount(bag, minlength=len(starts)).clamp(min=1)
+    return total / counts[:, None]
+
+
 _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: layer_norm,
     torch.layer_norm: lambda x, s, w=None, b=None, eps=1e-5, cudnn=True: layer_norm(x, s, w, b, eps),
@@ -175,5 +205,6 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     ),
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     torch._weight_norm: weight_norm,
+    F.embedding_bag: embedding_bag,
 }
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hoanalysis import models
@@ -49,6 +50,14 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5):
     return _channels(_layer_norm(parts, parts.shape[-1:], eps=eps).reshape(x.shape), weight, bias)
 
 
+def _instance_norm(x, running_mean=None, running_var=None, weight=None, bias=None, *_, **__):
+    return _group_norm(x, x.shape[1], weight, bias)
+
+
+def _weight_norm(v, g, dim=0):
+    return v * (g / (v * v).sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt())
+
+
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
     scores = torch.einsum("...qd,...kd->...qk", q, k) / math.sqrt(q.shape[-1])
     if is_causal:
@@ -70,11 +79,17 @@ class Primitives(TorchFunctionMode):
         F.layer_norm: _layer_norm,
         F.batch_norm: _batch_norm,
         F.group_norm: _group_norm,
+        F.instance_norm: _instance_norm,
+        torch._weight_norm: _weight_norm,
+        F.embedding_bag: lambda index, weight, *_, **__: weight[index].sum(1),
         F.scaled_dot_product_attention: _attention,
         F.mse_loss: _mse,
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.multi_head_attention_forward:
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **(kwargs or {}))
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hoanalysis.derivatives.primitives import without_mkldnn
 from hoanalysis.derivatives.tangents.aliases import Aliases
 from hoanalysis.derivatives.tangents.decompositions import DECOMPOSITIONS
 from hoanalysis.derivatives.tangents.graph import (
@@ -215,7 +216,8 @@ class Builder:
             return self(aten.expand.default, source, list(like.shape))
         if packet in ("zero_", "fill_"):
             return self(aten.full_like.default, args[0], 0 if packet == "zero_" else args[1])
-        functional = getattr(getattr(aten, packet[:-1], None), op._overloadname, None)
+        family = getattr(aten, packet[:-1], None)
+        functional = getattr(family, op._overloadname, None) or getattr(family, "int", None)  # transpose_ and the like
         if functional is None:
             raise TangentsUnsupported(f"{op} has no functional form")
         value = self(functional, *args, **kwargs)
@@ -235,7 +237,7 @@ class Builder:
             a, k = pytree.tree_unflatten([next(given) if isinstance(x, Ref) else x for x in leaves], spec)
             return op(*a, **k)
 
-        with torch.no_grad():
+        with torch.no_grad(), without_mkldnn():
             module = make_fx(call, tracing_mode="real")(*(self.values[r.index] for r in refs))
         if any(n.target is op for n in module.graph.nodes):
             return None
@@ -264,7 +266,8 @@ def trace(fn: Callable[..., Tensor], parameters: dict[str, Tensor], others: list
     leaves = [t.detach().requires_grad_() if i < len(names) else t.detach() for i, t in enumerate(tensors)]
     try:
         # values that Python reads are burned in, and guarded: see `guard_of`
-        module = make_fx(flat, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*leaves)
+        with without_mkldnn():  # its recurrent layers are one op of several outputs
+            module = make_fx(flat, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*leaves)
     except Exception as error:
         raise TangentsUnsupported(f"the call cannot be traced: {_first_line(error)}") from error
     builder = Builder(tensors, names)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hoanalysis.derivatives.tangents.graph import TangentsUnsupported
 from hoanalysis.derivatives.tangents.rules.normalize import normalize
 from hoanalysis.derivatives.tangents.rules.product import scale_shift
 
@@ -131,8 +132,6 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     if dropout > 0:
-        from hoanalysis.derivatives.tangents.graph import TangentsUnsupported
-
         raise TangentsUnsupported("attention with active dropout")
     if enable_gqa:
         repeats = _shape(b, q)[-3] // _shape(b, k)[-3]
@@ -273,7 +272,7 @@ def matmul(b: Any, x: Any, y: Any) -> Any:
     return out if n > 1 else b(aten.squeeze.dim, out, -1 if m == 1 else -2)
 
 
-@decomposition(aten.mv.default, aten.dot.default)
+@decomposition(aten.mv.default, aten.dot.default, aten.vdot.default)
 def vector_product(b: Any, x: Any, y: Any) -> Any:
     return matmul(b, x, y)
 
@@ -362,6 +361,40 @@ def type_as(b: Any, x: Any, other: Any) -> Any:
     return b(aten._to_copy.default, x, dtype=b.value(other).dtype)
 
 
+@decomposition(aten._prelu_kernel.default)
+def prelu(b: Any, x: Any, slope: Any) -> Any:
+    return b(aten.where.self, b(aten.gt.Scalar, b(aten.detach.default, x), 0), x, b(aten.mul.Tensor, x, slope))
+
+
+@decomposition(aten.bilinear.default)
+def bilinear(b: Any, x: Any, y: Any, weight: Any, bias: Any = None) -> Any:
+    out = b(aten.einsum.default, "...i,oij,...j->...o", [x, weight, y])
+    return out if bias is None else b(aten.add.Tensor, out, bias)
+
+
+@decomposition(aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+def embedding_bag(
+    b: Any, weight: Any, index: Any, offsets: Any, by_frequency: bool = False, mode: int = 0, sparse: bool = False,
+    each: Any = None, last: bool = False, padding: int | None = None,
+) -> Any:  # fmt: skip
+    """Sums or means of rows; the bags are found anew for every batch. Four outputs, of which the first counts."""
+    if mode == 2 or by_frequency or padding is not None:
+        raise TangentsUnsupported("an embedding bag of maxima, with a padding index or scaled by frequency")
+    rows = b(aten.embedding.default, weight, index)
+    if each is not None:
+        rows = b(aten.mul.Tensor, rows, b(aten.unsqueeze.default, each, -1))
+    starts = b(aten.slice.Tensor, offsets, 0, 0, -1) if last else offsets
+    place = b(aten.arange.default, _shape(b, index)[0])
+    bag = b(aten.sub.Scalar, b(aten.searchsorted.Tensor, starts, place, right=True), 1)
+    zeros = b(aten.new_zeros.default, weight, [_shape(b, starts)[0], _shape(b, weight)[1]])
+    total = b(aten.index_add.default, zeros, 0, bag, rows)
+    if mode == 1:
+        counts = b(aten.index_add.default, b(aten.new_zeros.default, weight, [_shape(b, starts)[0]]), 0, bag,
+                   b(aten.new_ones.default, weight, _shape(b, index)))  # fmt: skip
+        total = b(aten.div.Tensor, total, b(aten.unsqueeze.default, b(aten.clamp_min.default, counts, 1), -1))
+    return total, None, None, None
+
+
 @decomposition(aten.glu.default)
 def glu(b: Any, x: Any, axis: int = -1) -> Any:
     first, second = chunk(b, x, 2, axis)
@@ -373,7 +406,7 @@ def unbind(b: Any, x: Any, axis: int = 0) -> Any:
     return tuple(b(aten.select.int, x, axis, i) for i in range(_shape(b, x)[axis]))
 
 
-@decomposition(aten.split_with_sizes.default, aten.split.sizes)
+@decomposition(aten.split_with_sizes.default, aten.split.sizes, aten.unsafe_split_with_sizes.default)
 def split_with_sizes(b: Any, x: Any, sizes: Sequence[int], axis: int = 0) -> Any:
     out, start = [], 0
     for n in sizes:
@@ -382,13 +415,13 @@ def split_with_sizes(b: Any, x: Any, sizes: Sequence[int], axis: int = 0) -> Any
     return tuple(out)
 
 
-@decomposition(aten.split.Tensor)
+@decomposition(aten.split.Tensor, aten.unsafe_split.Tensor)
 def split(b: Any, x: Any, size: int, axis: int = 0) -> Any:
     n = _shape(b, x)[axis]
     return split_with_sizes(b, x, [min(size, n - i) for i in range(0, n, size)] or [0], axis)
 
 
-@decomposition(aten.chunk.default)
+@decomposition(aten.chunk.default, aten.unsafe_chunk.default)
 def chunk(b: Any, x: Any, chunks: int, axis: int = 0) -> Any:
     return split(b, x, max(1, -(-_shape(b, x)[axis] // chunks)), axis)
 
@@ -440,8 +473,6 @@ def stack(b: Any, tensors: Sequence[Any], axis: int = 0) -> Any:
 @decomposition(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 def dropout(b: Any, x: Any, p: float, train: bool) -> Any:
     if train and p > 0:
-        from hoanalysis.derivatives.tangents.graph import TangentsUnsupported
-
         raise TangentsUnsupported("dropout is active")
     return x
 

@@ -112,7 +112,7 @@ def _onto(total: Stack, part: Stack, local: Local, key: Key) -> None:
 
 
 def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], n: Node) -> Stack:
-    """The sum of stacks of a node, each pushed through a rule where one is given, straight into its rows of the result."""
+    """The sum of a node's stacks, each pushed through a rule where one is given, straight into its rows."""
     groups: Groups = ()
     for g, _, _ in parts:
         groups = union(groups, g)
