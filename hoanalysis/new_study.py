@@ -268,6 +268,8 @@ diagonal = 3
 # directions = ["gradient"]      # "weights", "random", "to:init", "to:next", "momentum", "adam"
 # partitions = ["canonical"]     # one group a tensor; "layer", "kind", "trivial"
 # keep_batches = 20              # blocks of batches that are kept, for the errors of what is derived
+# measure = ["along", "removed"] # the loss measured along the direction, and with each group moved; "pairs" as well
+# errors = "unconditional"       # with what the data do through the gradient; several times slower
 # dtype = "float64"              # the model's own by default
 # memory = "2GiB"
 

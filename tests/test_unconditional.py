@@ -16,7 +16,7 @@ from hoanalysis import schema, summaries
 from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.errors import ArgumentError
 from hoanalysis.study import StudySpec
-from tests import oracles
+from tests import cases, oracles
 
 SIZES = (5, 3, 7, 4, 6, 2)
 
@@ -77,6 +77,48 @@ def test_blocks_hold_the_response_to_their_weight(reduction: str, keep: int) -> 
             response = (up[d - 1] - down[d - 1]) / (2 * h)
             held = ds[f"D{d}_batch"].values[k] - float(ds.weight[k]) * ds[f"D{d}"].values
             np.testing.assert_allclose(held / float(ds.weight.sum()), response, rtol=1e-6, atol=1e-8)
+
+
+def gradient_of(problem: ho.Problem) -> dict[str, torch.Tensor]:
+    total = sum(problem.size(b) * problem.batch_value(dict(problem.model.named_parameters()), problem.state(), b)
+                for b in problem.data)  # fmt: skip
+    names, parameters = zip(*problem.model.named_parameters(), strict=True)
+    found = torch.autograd.grad(total / sum(map(problem.size, problem.data)), parameters)
+    return dict(zip(names, found, strict=True))
+
+
+def small_gpt() -> ho.Problem:
+    torch.manual_seed(0)
+    model = ho.models.GPT(vocab_size=7, context=5, n_layer=1, n_head=2, width=6).double()
+    tokens = torch.randint(0, 7, (9, 6))
+    batches = [(t[:, :-1], t[:, 1:]) for t in tokens.split([4, 2, 3])]
+    return ho.Problem(model, batches, ho.models.cross_entropy_tokens)
+
+
+def normed() -> ho.Problem:
+    case = cases.layer_norm()
+    x, y = case.batch
+    return ho.Problem(case.model, list(zip(x.split([3, 5]), y.split([3, 5]), strict=True)), case.loss)
+
+
+@pytest.mark.parametrize("make", [small_gpt, normed])
+def test_with_norms_and_attention_it_is_the_polynomial_in_u(make) -> None:
+    """D2 is quadratic in u: a half of D2(u + delta) - D2(u - delta) is the influence, by passes along both."""
+    problem = make()
+    ds = summarize(problem, 2)
+    plain = summarize(problem, 2, errors="conditional")
+    u = gradient_of(problem)
+    for k, batch in enumerate(problem.data):
+        alone = gradient_of(ho.Problem(problem.model, [batch], problem.loss))
+        moved = [
+            summarize(problem, 2, direction={n: u[n] + sign * (alone[n] - u[n]) for n in u}, keep_batches=0,
+                      errors="conditional")
+            for sign in (1, -1)
+        ]  # fmt: skip
+        for name in ("D1", "D2"):
+            influence = (moved[0][name] - moved[1][name]) / 2
+            held = (ds[f"{name}_batch"][k] - plain[f"{name}_batch"][k]) / ds.weight[k]
+            np.testing.assert_allclose(held, influence, rtol=1e-8, atol=1e-10 * float(abs(ds[name]).max()))
 
 
 @pytest.mark.parametrize("order", [1, 2])
