@@ -94,9 +94,9 @@ class HoAccessor:
         """Triples of groups, the strongest first at every step; see `analysis.triples.triples`."""
         return _triples.triples(self._ds, top, distinct=distinct)
 
-    def shares(self) -> xr.Dataset:
-        """The off-diagonal and off-block shares of H-bar; see `analysis.interactions.shares`."""
-        return _interactions.shares(self._ds)
+    def shares(self, which: str = "H") -> xr.Dataset:
+        """The off-diagonal and off-block shares of H-bar or its inverse; see `analysis.interactions.shares`."""
+        return _interactions.shares(self._ds, which)
 
     def spectrum(self) -> xr.DataArray:
         """Eigenvalues of the Hessian compressed to the directions; see `analysis.spectra.spectrum`."""

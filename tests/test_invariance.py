@@ -122,6 +122,40 @@ def test_the_max_norm_reading_of_r_is_not_invariant(plain):
         assert abs(ratios[1] / ratios[0] - 1) > 0.1
 
 
+def test_merged_is_recomputed():
+    groups = {"first": ["w1", "b1"], "second": ["w2", "b2"]}
+    coarser = ho.Partition.canonical(Scaled([1.0] * 4)).merge(groups)
+    merged = summarized(Scaled([1.0] * 4)).ho.merge(groups)
+    coarse = summarized(Scaled([1.0] * 4), partition=coarser)
+    for d in (1, 2, 3):
+        for name in (f"D{d}", f"D{d}_se"):
+            size = np.abs(coarse[name].values).max()
+            np.testing.assert_allclose(merged[name].values, coarse[name].values, rtol=1e-12, atol=1e-12 * size)
+    for name in ("learning_rates", "learning_rates_se"):
+        a, b = (one.ho.learning_rates("cubic")[name].values for one in (merged, coarse))
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_laplace_of_a_linear_gaussian_model_is_its_exact_posterior():
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(60, 4, generator=g, dtype=torch.float64)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]], dtype=torch.float64)
+    y = y + torch.randn(60, 1, generator=g, dtype=torch.float64)
+    tau = 0.8
+    posterior = np.linalg.inv(x.numpy().T @ x.numpy() + tau * np.eye(4))  # noise of variance 1, prior of precision tau
+    mode = posterior @ x.numpy().T @ y.numpy()
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(mode.T))
+    batches = [(x[:20], y[:20]), (x[20:], y[20:])]
+    problem = ho.Problem(model, batches, lambda out, target: ((out - target) ** 2).mean() / 2)
+    ds = ho.summarize(problem, 2, direction="weights", partition="discrete", progress=False)
+    found = ds.ho.laplace(tau)
+    np.testing.assert_allclose(found.covariance.values * (mode @ mode.T), posterior, rtol=1e-10)
+    sd, signs = np.sqrt(np.diag(posterior)), np.sign(mode @ mode.T)
+    np.testing.assert_allclose(found.correlation.values * signs, posterior / np.outer(sd, sd), rtol=1e-9)
+
+
 def convex() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """Logistic regression with overlapping classes: strictly convex."""
     g = torch.Generator().manual_seed(2)

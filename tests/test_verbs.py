@@ -50,6 +50,7 @@ VERBS: dict[str, Callable[[xr.Dataset], Any]] = {
     "interactions": lambda ds: ds.ho.interactions(),
     "triples": lambda ds: ds.ho.triples(distinct=False),
     "shares": lambda ds: ds.ho.shares(),
+    "shares inverse": lambda ds: ds.ho.shares("inverse"),
     "spectrum": lambda ds: ds.ho.spectrum(),
     "curvature": lambda ds: ds.ho.curvature(),
     "flatness": lambda ds: along_weights(ds).ho.flatness(),
@@ -125,7 +126,7 @@ def test_labels_are_data(verb, steps):
     for label, strange in zip(labels, STRANGE, strict=True):
         before = [text.replace(repr(label), repr(strange)).replace(label, strange) for text in before]
     assert sorted(words(found)) == sorted(before)
-    if verb not in ("taylor", "taylor_terms", "merge", "spectrum", "shares", "curvature", "findings"):
+    if verb not in ("taylor", "taylor_terms", "merge", "spectrum", "shares", "shares inverse", "curvature", "findings"):
         assert any(label in text for label in STRANGE for text in words(found))
 
 
@@ -186,7 +187,8 @@ def test_a_checkpoint_that_is_not_computed_is_a_gap(verb):
 
 NULL = {
     "regularizer", "learning_rates", "learning_rates ridge", "learning_rates r", "learning_rates cubic", "taylor_step",
-    "inverse", "inverse cubic", "scale_free", "shares", "curvature", "spectrum", "flatness", "saliency",
+    "inverse", "inverse cubic", "scale_free", "shares", "shares inverse", "curvature", "spectrum", "flatness",
+    "saliency",
 }  # fmt: skip
 
 
@@ -259,6 +261,7 @@ def one_group() -> dict[str, tuple[Any, Any]]:
         "interactions": (len(along.interactions()), 0),
         "triples": (along.triples(distinct=False).scale_free, t / abs(h) ** 1.5),
         "shares": ([along.shares()[n].item() for n in ("off_diagonal", "off_block")], 0.0),
+        "shares inverse": ([along.shares("inverse")[n].item() for n in ("off_diagonal", "off_block_raw")], 0.0),
         "spectrum": (along.spectrum().values, h / norm**2),
         "curvature": ([along.curvature()[n].item() for n in ("largest", "smallest")], h / norm**2),
         "flatness": ([weights.flatness()[n].item() for n in ("sharpness", "total", "joint", "largest")], h),

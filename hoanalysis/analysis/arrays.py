@@ -114,16 +114,21 @@ def labelled(
     return array.assign_attrs(long_name=long_name, units=units)
 
 
-def with_error(array: xr.DataArray, error: Any, reason: str = "") -> xr.DataArray:
+def with_error(ds: xr.Dataset, array: xr.DataArray, error: Any, reason: str = "") -> xr.DataArray:
     """``array`` with its standard error as the coordinate ``<name>_se`` (``reason`` where it is not available)."""
-    attrs = error_attrs(str(array.attrs["long_name"]), str(array.attrs["units"]), reason)
+    attrs = error_attrs(ds, str(array.attrs["long_name"]), str(array.attrs["units"]), reason)
     return array.assign_coords({f"{array.name}_se": xr.Variable(array.dims, np.asarray(error), attrs)})
 
 
-def error_attrs(long_name: str, units: str, reason: str = "") -> dict[str, str]:
-    """Attributes of a standard error; ``reason`` says why it is not available."""
+def error_attrs(ds: xr.Dataset, long_name: str, units: str, reason: str = "") -> dict[str, str]:
+    """Attributes of a standard error computed from ``ds``; ``reason`` says why it is not available.
+
+    ``conditional_on`` is left out where the blocks of ``ds`` hold what the data do through u (see `errorbars`).
+    """
     name = f"standard error of {long_name}" + (f": not available, {reason}" if reason else "")
-    return {"long_name": name, "units": units, "conditional_on": "the direction u"}
+    attrs = {"long_name": name, "units": units}
+    unconditional = str(ds.attrs.get("standard_errors", "")).startswith("unconditional")
+    return attrs if unconditional else attrs | {"conditional_on": "the direction u"}
 
 
 def error_of(array: xr.DataArray) -> xr.DataArray:

@@ -65,7 +65,7 @@ def compare(ds: xr.Dataset, other: xr.Dataset, step: Any = None, *, paired: bool
     for q in quantities([n for n in map(str, ds.data_vars) if n in other.data_vars], orders):
         parts = [_one(q, a, b, common, together) for a, b in pairs]
         ways |= {way for _, way in parts}
-        found |= _variables(q, np.stack([values for values, _ in parts]), lead)
+        found |= _variables(ds, q, np.stack([values for values, _ in parts]), lead)
     if paired and PAIRED not in ways:
         raise ArgumentError(
             "these summaries cannot be paired: they do not keep the same blocks of batches",
@@ -117,7 +117,7 @@ def _paired_error(
     return jackknife(difference, Blocks(sums, left.weight))
 
 
-def _variables(q: Quantity, parts: Array, lead: tuple[str, ...]) -> dict[str, Any]:
+def _variables(ds: xr.Dataset, q: Quantity, parts: Array, lead: tuple[str, ...]) -> dict[str, Any]:
     """``parts`` has shape (checkpoints, 4, S, ..)."""
     difference, error, a, b = np.moveaxis(parts if lead else parts[0], 1 if lead else 0, 0)
     rounding = 8 * np.finfo(float).eps * np.maximum(np.abs(a), np.abs(b))
@@ -127,7 +127,7 @@ def _variables(q: Quantity, parts: Array, lead: tuple[str, ...]) -> dict[str, An
     title = f"difference of the {q.title}"
     return {
         q.name: (dims, difference, {"long_name": title, "units": q.units}),
-        f"{q.name}_se": (dims, error, error_attrs(title, q.units)),
+        f"{q.name}_se": (dims, error, error_attrs(ds, title, q.units)),
         f"{q.name}_a": (dims, a, {"long_name": f"{q.title} of a", "units": q.units}),
         f"{q.name}_b": (dims, b, {"long_name": f"{q.title} of b", "units": q.units}),
         f"{q.name}_significance": (dims, significance, {"long_name": f"|{title}| / standard error", "units": "1"}),

@@ -56,7 +56,7 @@ def curvature(ds: xr.Dataset) -> xr.Dataset:
     for i, (name, (title, units)) in enumerate(MEASURES.items()):
         found[name] = labelled(ds, parts[..., 0, i], (), name, title, units)
         error = labelled(ds, parts[..., 1, i], (), f"{name}_se", "", units)
-        found[f"{name}_se"] = error.assign_attrs(error_attrs(title, units, why_none(ds, ["D2"])))
+        found[f"{name}_se"] = error.assign_attrs(error_attrs(ds, title, units, why_none(ds, ["D2"])))
     counts = over_checkpoints(ds, lambda one: np.array(_negative(one)))
     titles = {"negative": "number of negative eigenvalues", "negative_clear": "number of those that are told from 0"}
     for i, (name, title) in enumerate(titles.items()):

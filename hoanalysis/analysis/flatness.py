@@ -51,12 +51,12 @@ def flatness(ds: xr.Dataset) -> xr.Dataset:
     title = "curvature of the loss along the scale of the group"
     found = {"sharpness": labelled(ds, diagonal, (schema.GROUP,), "sharpness", title, "loss")}
     found["sharpness_se"] = found["sharpness"].copy(data=over_checkpoints(ds, _stored_error))
-    found["sharpness_se"].attrs = error_attrs(title, "loss", "" if "D2_se" in ds else "because D2_se is not held")
+    found["sharpness_se"].attrs = error_attrs(ds, title, "loss", "" if "D2_se" in ds else "because D2_se is not held")
     parts = over_checkpoints(ds, _totals_and_errors)
     for i, (name, text) in enumerate(TOTALS.items()):
         found[name] = labelled(ds, parts[..., 0, i], (), name, text, "loss")
         found[f"{name}_se"] = labelled(ds, parts[..., 1, i], (), f"{name}_se", "", "loss")
-        found[f"{name}_se"].attrs = error_attrs(text, "loss", why_none(ds, ["D2"]))
+        found[f"{name}_se"].attrs = error_attrs(ds, text, "loss", why_none(ds, ["D2"]))
     words = over_checkpoints(ds, _status)
     found["status"] = labelled(ds, words, (), "status", "advice on flatness", "")
     return xr.Dataset(found)

@@ -1,6 +1,7 @@
 """Which groups act on the loss together: the pairs, and how much of H-bar lies between groups and between layers.
 
-With A = H-bar (raw) or A_st = H-bar_st / sqrt|H-bar_ss H-bar_tt| (scale-free: unchanged when a group is rescaled),
+With A = M (raw) or A_st = M_st / sqrt|M_ss M_tt| (scale-free: unchanged when a group is rescaled), M = H-bar or its
+inverse,
 
     off-diagonal share = sum_{s != t} |A_st| / sum_{s,t} |A_st|
     off-block share    = sum_{layer(s) != layer(t)} |A_st| / sum_{s,t} |A_st|
@@ -14,10 +15,12 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, error_attrs, labelled, over_checkpoints, require, tensors
+from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, labelled, over_checkpoints, require, tensors
 from hoanalysis.analysis.errorbars import standard_error, why_none
 from hoanalysis.analysis.groups import System, system
 from hoanalysis.analysis.inverse import matrix, scale_free, scale_free_of
+from hoanalysis.analysis.linear import inverse_of
+from hoanalysis.errors import ArgumentError, nearest
 
 SHARES = {
     "off_diagonal": "scale-free off-diagonal share of H-bar",
@@ -25,6 +28,7 @@ SHARES = {
     "off_diagonal_raw": "off-diagonal share of H-bar",
     "off_block_raw": "off-block share of H-bar (blocks are layers)",
 }
+MATRICES = ("H", "inverse")
 
 
 def interactions(ds: xr.Dataset, top: int | None = None) -> pd.DataFrame:
@@ -71,28 +75,43 @@ def _columns(raw: xr.DataArray, free: xr.DataArray) -> dict[str, xr.DataArray]:
     return {"value": raw, "value_se": raw["H_se"], "scale_free": free, "scale_free_se": free["scale_free_se"]}
 
 
-def shares(ds: xr.Dataset) -> xr.Dataset:
+def shares(ds: xr.Dataset, which: str = "H") -> xr.Dataset:
     """How much of H-bar lies off the diagonal and off the blocks of layers, each without unit, in 0..1.
 
     ``off_diagonal`` and ``off_block`` are those of the scale-free matrix, ``off_diagonal_raw`` and ``off_block_raw`` of
-    H-bar itself; ``<name>_se`` is the delete-one jackknife over the kept blocks. Raises `SchemaError` without D1 or D2.
+    H-bar itself; ``<name>_se`` is the delete-one jackknife over the kept blocks. ``which="inverse"`` says the same of
+    H-bar^-1, where a pair is coupled beyond what it has in common with all others. Raises `SchemaError` without D1 or
+    D2, `ArgumentError` for another matrix.
     """
+    if which not in MATRICES:
+        raise ArgumentError(f"unknown matrix {which!r}", do=nearest(str(which), MATRICES))
     require(ds, "D1", "D2")
-    parts = over_checkpoints(ds, _shares_and_errors)
+    parts = over_checkpoints(ds, lambda one: _shares_and_errors(one, which))
     found = {}
-    for i, (name, title) in enumerate(SHARES.items()):
+    for i, (name, text) in enumerate(SHARES.items()):
+        title = text if which == "H" else text.replace("H-bar", "the inverse of H-bar")
         found[name] = labelled(ds, parts[..., 0, i], (), name, title, "1")
         error = labelled(ds, parts[..., 1, i], (), f"{name}_se", "", "1")
-        found[f"{name}_se"] = error.assign_attrs(error_attrs(title, "1", why_none(ds, ["D2"])))
+        found[f"{name}_se"] = error.assign_attrs(error_attrs(ds, title, "1", why_none(ds, ["D2"])))
     return xr.Dataset(found)
 
 
-def _shares_and_errors(one: xr.Dataset) -> Array:
+def _shares_and_errors(one: xr.Dataset, which: str) -> Array:
     groups = system(one)
     layers = one["layer"].values.astype(str) if "layer" in one.coords else one[schema.GROUP].values.astype(str)
     apart = layers[:, None] != layers[None, :]
-    value = shares_of(groups, tensors(one, ["D2"])["D2"], apart)
-    return np.stack([value, standard_error(one, ["D2"], lambda t: shares_of(groups, t["D2"], apart))])
+
+    def estimate(t: Tensors) -> Array:
+        return shares_of(groups, t["D2"] if which == "H" else _inverse(groups, t["D2"]), apart)
+
+    return np.stack([estimate(tensors(one, ["D2"])), standard_error(one, ["D2"], estimate)])
+
+
+def _inverse(groups: System, d2: Array) -> Array:
+    """H-bar^-1 over the used groups, NaN for the others."""
+    scale = groups.scale[groups.used]
+    inner = d2[np.ix_(groups.used, groups.used)] / np.outer(scale, scale)
+    return groups.spread(inverse_of(inner) / np.outer(scale, scale))
 
 
 def shares_of(groups: System, d2: Array, apart: Array) -> Array:

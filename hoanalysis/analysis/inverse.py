@@ -84,7 +84,7 @@ def matrix(
 
 def _matrix(ds: xr.Dataset, parts: Array, name: str, long_name: str, units: str, reason: str) -> xr.DataArray:
     array = labelled(ds, parts[..., 0, :, :], MATRIX, name, long_name, units)
-    return with_error(array, parts[..., 1, :, :], reason)
+    return with_error(ds, array, parts[..., 1, :, :], reason)
 
 
 def blocks(

@@ -56,7 +56,7 @@ def saliency(ds: xr.Dataset) -> xr.Dataset:
         array = labelled(ds, value, schema.group_dims(order), name, title, "loss")
         found[name] = array
         found[f"{name}_se"] = array.copy(data=error)
-        found[f"{name}_se"].attrs = error_attrs(title, "loss", why_none(ds, NAMES))
+        found[f"{name}_se"].attrs = error_attrs(ds, title, "loss", why_none(ds, NAMES))
     null = over_checkpoints(ds, lambda one: system(one).null)
     found["scale_invariant"] = labelled(ds, null, ("group",), "scale_invariant", "group whose scale has no effect", "")
     status = over_checkpoints(ds, _status)

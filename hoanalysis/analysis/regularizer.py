@@ -64,7 +64,7 @@ def regularizer(ds: xr.Dataset) -> xr.DataArray:
     array = array.assign_coords(status=(lead, status, {"long_name": "advice on the regularizer", "units": ""}))
     known = schema.error_of(name) in ds
     errors = over_checkpoints(ds, lambda one: _delta(one, name)) if known else np.full(array.shape, np.nan)
-    return with_error(array, errors, "" if known else f"because the Dataset does not hold {schema.error_of(name)}")
+    return with_error(ds, array, errors, "" if known else f"because the Dataset does not hold {schema.error_of(name)}")
 
 
 def _delta(one: xr.Dataset, name: str) -> Array:

@@ -33,7 +33,7 @@ def spectrum(ds: xr.Dataset) -> xr.DataArray:
     title = "eigenvalue of the Hessian compressed to the directions"
     units = "loss/parameter^2"
     array = labelled(ds, parts[..., 0, :], ("eigenvalue",), "spectrum", title, units, eigenvalue=index)
-    return with_error(array, parts[..., 1, :], why_none(ds, ["D2"]))
+    return with_error(ds, array, parts[..., 1, :], why_none(ds, ["D2"]))
 
 
 def _values_and_errors(one: xr.Dataset) -> Array:

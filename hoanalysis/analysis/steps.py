@@ -57,7 +57,7 @@ def learning_rates(ds: xr.Dataset, regularization: Regularization = None, epsilo
     title = f"learning rate ({regularization or 'no'} regularization)"
     rates = labelled(ds, parts[..., 0, :], ("group",), "learning_rates", title, "1")
     errors = rates.copy(data=parts[..., 1, :])
-    errors.attrs = error_attrs("the learning rate", "1", why_none(ds, names))
+    errors.attrs = error_attrs(ds, "the learning rate", "1", why_none(ds, names))
     status = labelled(ds, words, (), "status", "advice on the learning rates", "")
     found = xr.Dataset({"learning_rates": rates, "learning_rates_se": errors, "status": status})
     return found.assign_attrs(

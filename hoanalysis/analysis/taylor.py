@@ -130,8 +130,8 @@ def _finish(total: xr.DataArray, ds: xr.Dataset, eta: Move, order: int | None) -
     total = total.rename("taylor").assign_attrs(long_name=title, units="loss")
     missing = [n for n in [*map(schema.blocks_of, names), schema.WEIGHT] if n not in ds.data_vars]
     if missing:
-        return with_error(total, np.full(total.shape, np.nan), f"because {', '.join(missing)} were not kept")
-    return with_error(total, block_errors(ds, as_move(ds, eta), names).transpose(*total.dims).values)
+        return with_error(ds, total, np.full(total.shape, np.nan), f"because {', '.join(missing)} were not kept")
+    return with_error(ds, total, block_errors(ds, as_move(ds, eta), names).transpose(*total.dims).values)
 
 
 def block_errors(ds: xr.Dataset, move: xr.DataArray, names: list[str]) -> xr.DataArray:

@@ -73,7 +73,7 @@ def taylor_step(ds: xr.Dataset, order: int | None = None, share: float = SHARE) 
     for name, (title, units, dims, at) in titles.items():
         found[name] = labelled(ds, parts[..., 0, at], dims, name, title, units)
         found[f"{name}_se"] = labelled(ds, parts[..., 1, at], dims, f"{name}_se", "", units)
-        found[f"{name}_se"].attrs = error_attrs(title, units, why_none(ds, names))
+        found[f"{name}_se"].attrs = error_attrs(ds, title, units, why_none(ds, names))
     found["ridge"] = labelled(
         ds, parts[..., 0, size + 1], (), "ridge", "sigma, what is added to the diagonal of C", "1"
     )

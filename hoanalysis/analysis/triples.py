@@ -122,7 +122,7 @@ def third_slice(one: xr.Dataset, u: int, scale_free: bool = True) -> xr.DataArra
     values = entries(tensors(one, NAMES)).reshape(size, size)
     array = labelled(one, values, schema.group_dims(2), "third", title, units)
     reason = why_none(one, NAMES) if scale_free else "" if known else "because the Dataset does not hold D3_se"
-    return with_error(array, error.reshape(size, size), reason).assign_attrs(slice=schema.labels(one)[u])
+    return with_error(one, array, error.reshape(size, size), reason).assign_attrs(slice=schema.labels(one)[u])
 
 
 def strongest_slice(one: xr.Dataset) -> int:

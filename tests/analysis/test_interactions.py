@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hoanalysis.analysis.example import example
 from hoanalysis.analysis.interactions import interactions, pair_values, shares
 from hoanalysis.analysis.merge import merge
+from hoanalysis.errors import ArgumentError
 
 from .test_steps import rescaled, with_null_group
 
@@ -57,6 +58,29 @@ def test_shares_and_their_jackknife():
     np.testing.assert_allclose(
         [found[f"{name}_se"].item() for name in names], np.sqrt(n / (n - 1) * squares), rtol=1e-8
     )
+
+
+def test_shares_of_the_inverse():
+    ds = example(5)
+    found, layers = shares(ds, "inverse"), ds.layer.values
+    names = ["off_diagonal", "off_block", "off_diagonal_raw", "off_block_raw"]
+    expected = np.array(loop_shares(np.linalg.inv(ds.D2.values), layers))
+    np.testing.assert_allclose([found[n].item() for n in names], expected, rtol=1e-9)
+    w, total, n, squares = ds.weight.values, ds.weight.values.sum(), ds.sizes["batch"], 0.0
+    for b in range(n):
+        keep = np.arange(n) != b
+        other = np.array(loop_shares(np.linalg.inv(ds.D2_batch.values[keep].sum(0) / w[keep].sum()), layers))
+        squares = squares + ((total - w[b]) / total * (other - expected)) ** 2
+    np.testing.assert_allclose(
+        [found[f"{name}_se"].item() for name in names], np.sqrt(n / (n - 1) * squares), rtol=1e-7
+    )
+    assert "inverse of H-bar" in found.off_block.attrs["long_name"]
+    null = shares(with_null_group(), "inverse")
+    keep = [0, 2, 3]
+    expected = loop_shares(np.linalg.inv(with_null_group().D2.values[np.ix_(keep, keep)]), layers[keep])
+    np.testing.assert_allclose([null[n].item() for n in names], expected, rtol=1e-9)
+    with pytest.raises(ArgumentError, match="did you mean 'inverse'"):
+        shares(ds, "invers")
 
 
 @settings(max_examples=20, deadline=None)
