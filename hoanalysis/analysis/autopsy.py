@@ -69,7 +69,7 @@ def autopsy(
         The same checkpoints along these directions: with them the verdict knows the learning rates, the momentum and
         the weight decay that the checkpoints show.
     log
-        The training log, with columns ``step`` and ``learning_rate``.
+        The training log, with columns ``step`` and ``learning_rate``; one without the rate says nothing here.
 
     Raises
     ------
@@ -87,6 +87,7 @@ def autopsy(
             why=f"the direction is {ds.attrs.get('direction')!r}",
             do="summarize the run with direction='to:next'",
         )
+    log = log if log is not None and "learning_rate" in log else None
     told = prediction(ds)
     broke = break_of(ds, gradient)
     at = _position(ds, step, broke, told)

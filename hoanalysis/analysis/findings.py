@@ -48,6 +48,7 @@ def findings(
         numbers are.
     """
     require(ds)
+    log = log if log is not None and "learning_rate" in log else None
     labels, done = step_labels(ds), _done(ds)
     if not done:
         return [f"None of {len(labels)} checkpoint{'s' * (len(labels) != 1)} is computed yet."]

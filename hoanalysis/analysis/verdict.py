@@ -36,6 +36,9 @@ CLEAR = 2.0  # standard errors at which a number is told from another: the usual
 #: Of the progress made until then (or of the lowest loss where that is more): a climb that large is not the noise of
 #: batches, which moves the loss by a small share of what is left of it.
 BREAK = 0.25
+#: Steps of training after which a loss that came back below where it climbed from was a spike and no break: as many as
+#: a momentum of 0.9 remembers. One step that is too long at the very start of training is none either.
+SPIKE = 10
 FIRST = 0.1  # of the climb: the first step that took this much is where it began
 #: Between a group's learning rate and that of the others. The estimate is low by the sampling noise of the gradient, by
 #: up to 2 and differently by group, and its own error is some 30 %; 5 is beyond both, and less than what breaks a run.
@@ -95,9 +98,10 @@ def losses(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> tuple[Array, A
 
 
 def break_of(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> Break | None:
-    """The first climb of the loss, from its lowest value so far, that takes back a quarter of the progress; or None."""
+    """The first climb of the loss, from its lowest value so far, that takes back a quarter of the progress and does not
+    come back within 10 steps; or None."""
     loss, error = losses(ds, gradient)
-    known = np.flatnonzero(~np.isnan(loss))
+    known, steps = np.flatnonzero(~np.isnan(loss)), np.asarray(step_labels(ds), float)
     for n, i in enumerate(known):
         so_far = known[: n + 1]
         low = so_far[int(np.argmin(loss[so_far]))]
@@ -107,7 +111,9 @@ def break_of(ds: xr.Dataset, gradient: xr.Dataset | None = None) -> Break | None
             path = [(int(a), int(b)) for a, b in itertools.pairwise(so_far[so_far >= low])]
             steepest = max(path, key=lambda p: loss[p[1]] - loss[p[0]])
             start, following = next((p for p in path if loss[p[1]] - loss[p[0]] >= FIRST * climb), steepest)
-            return _broken(ds, loss, start, following, int(i))
+            soon = (steps > steps[start]) & (steps <= steps[start] + SPIKE)
+            if not (loss[soon] <= loss[start]).any():
+                return _broken(ds, loss, start, following, int(i))
     return None
 
 
@@ -367,7 +373,7 @@ def verdict(ranking: pd.DataFrame, broke: Break | None, log: pd.DataFrame | None
 
 
 def _changed(broke: Break, log: pd.DataFrame | None) -> str:
-    if log is None or "learning_rate" not in log:
+    if log is None:
         return ""
     earlier = log.dropna(subset=["learning_rate"]).query("step < @broke.step")["step"]
     before, now = used_at(log, earlier.max()) if len(earlier) else None, used_at(log, broke.step)

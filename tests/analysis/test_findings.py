@@ -120,6 +120,12 @@ def test_learning_rates_are_said_of_directions_that_a_step_is_minus_a_rate_times
         assert not any("solve H-bar eta = g-bar" in s for s in findings(broken[direction], log))
 
 
+def test_a_log_without_learning_rates_is_no_error(broken):
+    log = pd.DataFrame({"step": [0, 12], "loss": [1.0, 2.0]})
+    others = {d: ds for d, ds in broken.items() if d != "gradient"}
+    assert findings(broken["gradient"], log, others) == findings(broken["gradient"], None, others)
+
+
 def test_how_many_steps_were_predicted_is_counted(broken):
     ds = broken["to:next"]
     told = prediction(ds)

@@ -120,14 +120,13 @@ def test_steps_that_are_too_long_are_told_from_other_data():
 
 
 def test_the_log_says_what_changed_at_the_break():
-    model = Cubic()
-    points = train(model, 20, rates=0.02, momentum=0.0, change=(12, {"rates": 2.0}))
-    log = pd.DataFrame({"step": [0, 5, 12, 13], "learning_rate": [0.02, 0.02, 2.0, 2.0]})
-    ds = summaries(model, points, "to:next")
-    broke = break_of(ds)
-    said = autopsy(ds, log=log).verdict[0]
-    assert ("from 0.02 to 2." in said) == (broke.step == 12)
-    assert "The log" not in autopsy(ds).verdict[0]
+    model = Cubic(third=0.0)
+    ds = summaries(model, train(model, 20, rates=0.02, momentum=0.0, change=(12, {"rates": 4.0})), "to:next")
+    assert break_of(ds).step == 12
+    log = pd.DataFrame({"step": [0, 5, 12, 13], "learning_rate": [0.02, 0.02, 4.0, 4.0]})
+    assert autopsy(ds, log=log).verdict[0].endswith("The log changes the learning rate there, from 0.02 to 4.")
+    for other in (None, log.drop(columns="learning_rate"), log.assign(learning_rate=0.02), log[log["step"] >= 12]):
+        assert "The log" not in autopsy(ds, log=other).verdict[0]
 
 
 def bare(loss, labels=None, error=0.0):
@@ -147,7 +146,10 @@ def bare(loss, labels=None, error=0.0):
         ([3, 2, 1, 0.9, 0.8], None),
         ([3, 2, 1, 1.2, 1.1, 1.3], None),  # less than a quarter of the 2 that were gained
         ([3, 2, 1, 1.02, 1.6, 2.5, 2.0], (3, 4, 5, 1.02, 2.5)),  # the first step that took a tenth of the climb
-        ([3, 2, 1, 4, 1, 0.5], (2, 3, 3, 1, 4)),  # a spike that passes is a break all the same
+        ([3, 2, 1, 4, 1, 0.5], None),  # a spike that passes
+        ([3, 2, 1, *[4] * 9, 1.0, 0.5], None),
+        ([3, 2, 1, *[4] * 10, 1.0, 0.5], (2, 3, 3, 1, 4)),  # after more than ten steps it is a break
+        ([2, 4, 1, 0.5, 3, 3], (3, 4, 4, 0.5, 3)),  # a break after a spike
         ([1, 1.2, 1.3], (0, 1, 2, 1, 1.3)),  # no progress at all: a quarter of the loss itself
         ([3, 2, np.nan, 1, 2.5], (3, 4, 4, 1, 2.5)),
         ([np.nan] * 3, None),

@@ -245,10 +245,10 @@ def test_an_error_of_our_own_ends_one_study_and_is_told_with_its_place(tmp_path:
 
     real = run.findings
 
-    def findings(ds, log):
+    def findings(ds, *args):
         if ds.sizes["step"] == 2:
             raise IndexError("no such entry")
-        return real(ds, log)
+        return real(ds, *args)
 
     monkeypatch.setattr(run, "findings", findings)
     one, two = (write_study(tmp_path / n, f"factories_{n}_own", steps=s) for n, s in (("one", 1), ("two", 2)))
