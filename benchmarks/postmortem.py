@@ -118,7 +118,7 @@ def fresh(count: int = 20) -> list[Planned]:
         fault, settings = drawn[kind](), RELU if rng.random() < 0.5 else {}
         name = _short(fault) if fault.kind else "healthy"
         runs.append(Planned(f"fresh-{i}-{settings.get('activation', 'tanh')}-{name}", fault, 100 + i, settings))
-    return runs
+    return runs + [Planned(f"fresh-adam-healthy-{s}", make_runs.HEALTHY, s, ADAM) for s in range(130, 133)]
 
 
 def _short(fault: Any) -> str:

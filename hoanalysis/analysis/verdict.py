@@ -43,7 +43,9 @@ FIRST = 0.1  # of the climb: the first step that took this much is where it bega
 #: Between a group's learning rate and that of the others. The estimate is low by the sampling noise of the gradient, by
 #: up to 2 and differently by group, and its own error is some 30 %; 5 is beyond both, and less than what breaks a run.
 RATE_RATIO = 5.0
-AGREE = 0.75  # of the groups within RATE_RATIO of the median: otherwise the optimizer has no rate in common (Adam)
+#: Of the groups, which lie within RATE_RATIO of the median and of each other: otherwise the optimizer has no rate in
+#: common (Adam divides by the size of each gradient).
+AGREE = 0.75
 UNSTABLE = 1.0  # momentum: above it the steps grow without end, whatever the loss
 PULL = 0.5  # of a step's squared length along -theta: more than half of the step forgets and less than half learns
 MANY = 20  # parameters in a group, below which a step is along theta or against it by chance (1/P of its square)
@@ -188,8 +190,8 @@ def _rates(rule: xr.Dataset) -> list[Suspect]:
         if not moving.any() or not float(one["learning_rate"]) > CLEAR * float(one["learning_rate_se"]):
             continue
         middle = float(np.median(rate[moving]))
-        near = (rate < RATE_RATIO * middle) & (rate > middle / RATE_RATIO)
-        if middle <= 0 or (near & moving).sum() < AGREE * moving.sum():
+        near = rate[moving & (rate < RATE_RATIO * middle) & (rate > middle / RATE_RATIO)]
+        if middle <= 0 or len(near) < AGREE * moving.sum() or near.max() > RATE_RATIO * near.min():
             continue
         for s, name in enumerate(rule[schema.GROUP].values.astype(str)):
             if moving[s]:
