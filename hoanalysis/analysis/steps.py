@@ -11,7 +11,7 @@
 
 All four are invariant: scaling group s (U^s -> c_s U^s) divides eta_s by c_s, so that the step eta_s U^s is the same.
 The systems are solved equilibrated, C = H_st / sqrt|H_ss H_tt|, without the groups that have no effect
-(`groups.system`).
+(`groups.system`). Where the full D3 is held, `taylor_step` has the last word.
 """
 
 import numpy as np

@@ -80,7 +80,7 @@ def changed(ds: xr.Dataset, other: xr.Dataset | None, step: Any, quantity: str) 
     if other is None and ds.sizes.get(schema.STEP, 1) < 2:
         return None, "one checkpoint: give other=, a Dataset to compare it with"
     both = (ds, ds) if other is None else (ds, other)
-    chosen = step if step is not None else ("first", "last")
+    chosen = step if step is not None else ("first", "last") if other is None else "last"
     found = compare(*both, chosen)
     if quantity not in found:
         return None, "D1 or D2 is not held by both"

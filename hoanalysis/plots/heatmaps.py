@@ -77,7 +77,8 @@ def change(
     """What changes in a matrix from this Dataset to ``other``, b - a as `compare` has it.
 
     ``quantity`` is ``"scale_free"`` or ``"D2"``. Without ``other``, from the first to the last checkpoint of a series;
-    ``step`` chooses others, as in `compare`. Dots mark differences within 2 standard errors of 0.
+    with it, at the last of each; ``step`` chooses others, as in `compare`. Dots mark differences within 2 standard
+    errors of 0.
     """
     array, title = frames.changed(ds, other, step, quantity)
     if array is None:

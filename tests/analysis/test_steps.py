@@ -159,6 +159,19 @@ def test_statuses_advise():
     assert "r is zero for 'layer0.weight'" in learning_rates(ds, "cubic").status.item()
 
 
+def test_a_step_beyond_the_quadratic_model_is_told():
+    ds = example(1)
+    rates = learning_rates(ds).learning_rates.values
+    third = np.einsum("stu,s,t,u", ds.D3.values, rates, rates, rates) / 6
+    lower = abs(ds.D1.values @ rates) + abs(rates @ ds.D2.values @ rates) / 2
+    for ratio, far in ((0.4, False), (0.6, True)):
+        other = ds.assign(D3=ds.D3 * (ratio * lower / abs(third)))
+        status = learning_rates(other).status.item()
+        assert ("far: at these rates the term of order 3 of the loss is 0.6 times" in status) == far
+        assert ("ok" in status) != far
+    assert "far" not in learning_rates(ds.drop_vars("D3").assign(D3_diag=ds.D1)).status.item()
+
+
 def test_series_with_a_checkpoint_that_is_not_computed():
     ds = example(steps=3, order=2)
     for name in ("D1", "D2", "D3_diag", "D2_batch", "weight"):

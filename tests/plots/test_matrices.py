@@ -93,6 +93,9 @@ def test_changes_are_those_of_compare():
     np.testing.assert_allclose(cells(ax)[0], expected[2] - expected[0], atol=1e-15)
     assert ax.get_title() == "Difference of the scale-free H-bar, from step 0 to step 20"
     np.testing.assert_allclose(cells(plots.change(ds, step=(10, 0)))[0], expected[0] - expected[1], atol=1e-15)
+    other = example(7, steps=2)
+    last = scale_free(other).values[1] - expected[2]
+    np.testing.assert_allclose(cells(plots.change(ds, other=other))[0], last, atol=1e-15)
     with pytest.raises(ArgumentError, match="did you mean 'scale_free'"):
         plots.change(ds, quantity="scale_fre")
 
