@@ -54,7 +54,7 @@ def influence(
         batch, weight = problem.cast(raw, task.state.dtype), problem.size(raw)
         for part, share in chunks(engine, batch):
             found = _Slots(task, deviations).of(part)
-            factor = (1.0 if problem.reduction == "sum" else weight) / sums.weight
+            factor = share * (1.0 if problem.reduction == "sum" else weight) / sums.weight
             slots = {d: slots[d] + factor * found.full[d] for d in slots}
             diagonal = diagonal + factor * found.diagonal
     weights = sums.block_weights()
