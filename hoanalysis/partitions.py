@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Assignment = int | np.ndarray
+Parts = int | Sequence[str] | Mapping[str, int]
+Split = tuple[int, Parts] | tuple[int, Parts, int]
 
 
 @dataclass(frozen=True)
@@ -210,13 +212,22 @@ class Partition:
         return cls.canonical(model, include_frozen).merge(n)
 
     @classmethod
-    def split(cls, model: nn.Module, splits: Mapping[str, tuple[int, int]], include_frozen: bool = False) -> Partition:
-        """Canonical, but each tensor that a pattern matches is cut into equal parts: ``{pattern: (axis, parts)}``.
+    def split(cls, model: nn.Module, splits: Mapping[str, Split], include_frozen: bool = False) -> Partition:
+        """Canonical, but each tensor that a pattern matches is cut along an axis.
 
-        Part k of ``name`` is labelled ``name[k]``. ``{"*.qkv.weight": (0, 3)}`` tells Q, K and V apart.
+        Parameters
+        ----------
+        splits
+            ``{pattern: (axis, parts)}`` or ``{pattern: (axis, parts, repeats)}``. ``parts`` is a number of equal parts
+            (labelled ``name[0]``, ..), the names of equal parts (``name[q]``, ..), or names with sizes. With
+            ``repeats`` all parts occur so many times along the axis, one after the other, and those of one name are one
+            group: ``(0, ["q", "k", "v"], heads)`` for a projection whose rows are sorted by head.
+
+        ``{"*.qkv.weight": (0, ["q", "k", "v"])}`` tells Q, K and V apart, ``{"*.o_proj.weight": (1, heads)}`` the heads
+        of an output projection, ``{"conv1.weight": (0, channels)}`` output channels.
         """
         p = cls.canonical(model, include_frozen)
-        rule: dict[str, tuple[int, int]] = {}
+        rule: dict[str, Split] = {}
         for pattern, spec in splits.items():
             hits = [n for n in p.parameters if fnmatch.fnmatchcase(n, pattern)]
             if not hits:
@@ -231,17 +242,25 @@ class Partition:
                 assignment[name] = len(labels)
                 labels.append(name)
                 continue
-            axis, parts = rule[name]
-            if not -len(info.shape) <= axis < len(info.shape) or parts < 1 or info.shape[axis] % parts:
-                raise PartitionError(
-                    f"{name!r} of shape {info.shape} cannot be cut into {parts} equal parts along axis {axis}"
-                )
-            axis %= len(info.shape)
-            along = np.arange(info.shape[axis]) // (info.shape[axis] // parts) + len(labels)
-            view = along.reshape([-1 if i == axis else 1 for i in range(len(info.shape))])
+            axis, names, along = _cut(name, info.shape, *rule[name])
+            view = (along + len(labels)).reshape([-1 if i == axis else 1 for i in range(len(info.shape))])
             assignment[name] = np.ascontiguousarray(np.broadcast_to(view, info.shape)).astype(np.int64)
-            labels += [f"{name}[{k}]" for k in range(parts)]
+            labels += [f"{name}[{k}]" for k in names]
         return cls(tuple(labels), p.parameters, assignment, "split", p.frozen)
+
+    @classmethod
+    def attention(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
+        """Canonical, but projections that give Q, K and V at once are cut into ``name[q]``, ``name[k]``, ``name[v]``.
+
+        Knows `torch.nn.MultiheadAttention` and the fused projections of Hugging Face models (GPT-2, GPT-NeoX, BLOOM,
+        Falcon, Phi-3, MPT, DBRX, CodeGen, and every ``qkv`` of three equal parts) by their layer's name and the model's
+        ``config``; see `hoanalysis.projections`. A model without any gives the canonical partition.
+        """
+        from hoanalysis.projections import fused
+
+        p = cls.canonical(model, include_frozen)
+        found = cls.split(model, {_literal(n): s for n, s in fused(model, p.parameters).items()}, include_frozen)
+        return replace(found, name="attention")
 
     # ---- derived ------------------------------------------------------------------------------------------------
 
@@ -368,9 +387,39 @@ NAMED: dict[str, Callable[..., Partition]] = {
     "canonical": Partition.canonical,
     "layer": Partition.by_layer,
     "kind": Partition.by_kind,
+    "attention": Partition.attention,
     "trivial": Partition.trivial,
     "discrete": Partition.discrete,
 }
+
+
+def _cut(
+    name: str, shape: tuple[int, ...], axis: int, parts: Parts, repeats: int = 1
+) -> tuple[int, list[str], np.ndarray]:
+    """The axis, the names of the parts, and the part of each place along the axis."""
+    names = [str(k) for k in (range(parts) if isinstance(parts, int) else parts)]
+    times = f" {repeats} times" if repeats != 1 else ""
+    refusal = f"{name!r} of shape {shape} cannot be cut into {len(names)} parts{times} along axis {axis}"
+    if not -len(shape) <= axis < len(shape) or not names or repeats < 1:
+        raise PartitionError(refusal, do=f"give an axis of its {len(shape)}, and at least one part")
+    if len(set(names)) < len(names):
+        raise PartitionError(refusal, why=f"two of {listed(names)} have the same name")
+    if isinstance(parts, Mapping):
+        sizes = [int(n) for n in parts.values()]
+        if min(sizes) < 1 or sum(sizes) * repeats != shape[axis]:
+            raise PartitionError(
+                refusal, why=f"the sizes {', '.join(map(str, sizes))} do not fill its length of {shape[axis]}"
+            )
+    else:
+        if shape[axis] % (len(names) * repeats):
+            raise PartitionError(refusal, why=f"its length {shape[axis]} does not divide into equal parts")
+        sizes = [shape[axis] // (len(names) * repeats)] * len(names)
+    return axis % len(shape), names, np.tile(np.repeat(np.arange(len(names)), sizes), repeats)
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches a name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def resolve(partition: str | Partition, model: nn.Module, include_frozen: bool = False) -> Partition:

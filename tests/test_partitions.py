@@ -1,13 +1,17 @@
 """Partitions against assignments written out by hand and against the model's own ``named_parameters()``."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import hoanalysis as ho
 from hoanalysis.errors import PartitionError
 from hoanalysis.partitions import NAMED, ParameterInfo, Partition, describe_parameters, resolve
 
@@ -178,6 +182,129 @@ def test_split_along_the_last_axis():
 def test_split_that_does_not_divide_names_tensor_and_shape(spec):
     with pytest.raises(PartitionError, match=r"'weight' of shape \(3, 4\) cannot be cut into"):
         Partition.split(nn.Linear(4, 3), {"weight": spec})
+
+
+def test_split_into_parts_with_names_sizes_and_repeats():
+    model = nn.Linear(2, 12)
+    named = Partition.split(model, {"*": (0, ["q", "k", "v"])})
+    assert named.labels == tuple(f"{n}[{x}]" for n in ("weight", "bias") for x in "qkv")
+    np.testing.assert_array_equal(named.assignment["bias"], np.repeat([3, 4, 5], 4))
+    sized = Partition.split(model, {"bias": (0, {"q": 6, "k": 2, "v": 4})})
+    np.testing.assert_array_equal(sized.assignment["bias"], [1] * 6 + [2] * 2 + [3] * 4)
+    by_head = Partition.split(model, {"bias": (0, "qkv", 2)})
+    np.testing.assert_array_equal(by_head.assignment["bias"], [1, 1, 2, 2, 3, 3] * 2)
+    grouped = Partition.split(model, {"bias": (0, {"q": 4, "k": 1, "v": 1}, 2)})
+    np.testing.assert_array_equal(grouped.assignment["bias"], [1, 1, 1, 1, 2, 3] * 2)
+    for p in (named, sized, by_head, grouped):
+        check_partition(p, {n: tuple(t.shape) for n, t in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ((0, {"q": 6, "k": 5}), "sizes 6, 5 do not fill its length of 12"),
+        ((0, {"q": 6, "k": 0}), "sizes 6, 0 do not fill"),
+        ((0, ["q", "k", "q"]), "same name"),
+        ((0, ["q", "k", "v"], 5), "length 12 does not divide"),
+        ((0, 3, 0), "at least one part"),
+        ((3, 1), "an axis of its 2"),
+    ],
+)
+def test_split_into_impossible_parts_says_why(spec, words):
+    with pytest.raises(PartitionError, match=rf"(?s)'weight' of shape \(12, 2\) cannot be cut.*{words}"):
+        Partition.split(nn.Linear(2, 12), {"weight": spec})
+
+
+class Fused(nn.Module):
+    """Attention with a projection that is laid out as the Hugging Face model of ``kind`` does it."""
+
+    def __init__(self, kind: str, name: str, heads: int, groups: int, size: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            model_type=kind,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            multi_query=kind in ("falcon 7b", "bigcode"),
+            new_decoder_architecture=kind == "falcon 40b",
+        )
+        self.kind, self.name, self.heads, self.groups, self.size = kind, name, heads, groups, size
+        self.attn = nn.Module()
+        self.attn.add_module(name, nn.Linear(5, (heads + 2 * groups) * size))
+        self.out = nn.Linear(heads * size, 3)
+
+    def parts(self, y):
+        h, g, d = self.heads, self.groups, self.size
+        if self.kind in ("gpt_neox", "falcon 40b"):
+            y = y.unflatten(-1, (g, h // g + 2, d))
+            return y[..., :-2, :].flatten(-3, -2), y[..., -2, :], y[..., -1, :]
+        if self.kind == "codegen":
+            q, v, k = y.unflatten(-1, (4, 3 * h * d // 4)).split(h * d // 4, -1)
+            return (t.flatten(-2).unflatten(-1, (h, d)) for t in (q, k, v))
+        return (t.unflatten(-1, (-1, d)) for t in y.split([h * d, g * d, g * d], -1))
+
+    def forward(self, x):
+        q, k, v = self.parts(self.attn.get_submodule(self.name)(x))
+        k, v = (t.repeat_interleave(self.heads // self.groups, -2) for t in (k, v))
+        p = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return self.out(torch.einsum("bhqk,bkhd->bqhd", p, v).flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "heads", "groups"),
+    [
+        ("gpt2", "c_attn", 2, 2),
+        ("bigcode", "c_attn", 4, 1),
+        ("gpt_neox", "query_key_value", 4, 4),
+        ("falcon 7b", "query_key_value", 4, 1),
+        ("falcon 40b", "query_key_value", 4, 2),
+        ("phi3", "qkv_proj", 4, 2),
+        ("codegen", "qkv_proj", 8, 8),
+        ("mpt", "Wqkv", 2, 2),
+        ("vit", "qkv", 2, 2),
+    ],
+)
+def test_attention_tells_q_k_and_v_apart(kind, name, heads, groups):
+    """Scores are bilinear in q and k: scaling either changes the loss alike, D1 along the weights is the same."""
+    torch.manual_seed(0)
+    model = Fused(kind, name, heads, groups, size=4).double()
+    cut = [f"attn.{name}.{t}[{x}]" for t in ("weight", "bias") for x in "qkv"]
+    p = Partition.attention(model)
+    assert set(cut) < set(p.labels)
+    assert p.name == "attention"
+    p = p.merge({x: [g for g in cut if g.endswith(f"[{x}]")] for x in "qkv"})
+    problem = ho.Problem(model, [(torch.randn(6, 7, 5).double(), torch.randint(0, 3, (6,)))], F.cross_entropy)
+    ds = ho.summarize(problem, 1, direction="weights", partition=p, engine="nested", progress=False)
+    q, k, v = (float(ds.D1.sel(group=x)) for x in "qkv")
+    np.testing.assert_allclose(q, k, rtol=1e-10)
+    assert abs(v - q) > 1e-3 * abs(q)
+
+
+def test_attention_knows_torchs_own_and_transposed_weights():
+    p = Partition.attention(nn.MultiheadAttention(2, 1))
+    assert p.labels[:3] == ("in_proj_weight[q]", "in_proj_weight[k]", "in_proj_weight[v]")
+    model = nn.Module()
+    model.c_attn = nn.Module()
+    model.c_attn.weight = nn.Parameter(torch.zeros(2, 6))  # as GPT-2 keeps it: inputs, outputs
+    np.testing.assert_array_equal(Partition.attention(model).assignment["c_attn.weight"], [[0, 0, 1, 1, 2, 2]] * 2)
+    assert Partition.attention(Net()).labels == Partition.canonical(Net()).labels
+
+
+def test_split_and_merged_again_is_the_whole_tensors_summary():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 6), nn.GELU(), nn.Linear(6, 3))
+    model.double()
+    data = [(torch.randn(5, 2, 5, 5).double(), torch.randint(0, 3, (5,))) for _ in range(2)]
+    problem = ho.Problem(model, data, F.cross_entropy)
+    options = {"direction": "gradient", "keep_batches": 2, "progress": False}
+    whole = ho.summarize(problem, 3, **options)
+    p = Partition.split(model, {"0.weight": (0, 4), "3.weight": (1, ["q", "k", "v"], 2), "5.bias": (0, 3)})
+    fine = ho.summarize(problem, 3, partition=p, **options)
+    back = fine.ho.merge(
+        {n: [g for g in p.labels if g.startswith(f"{n}[")] for n in ("0.weight", "3.weight", "5.bias")}
+    )
+    for name in ("D1", "D2", "D3", "D1_se", "D2_se", "D3_se"):
+        scale = float(abs(whole[name]).max())
+        np.testing.assert_allclose(back[name], whole[name], rtol=1e-12, atol=1e-12 * scale, err_msg=name)
 
 
 def test_split_patterns_that_disagree_name_the_tensor():

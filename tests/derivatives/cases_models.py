@@ -278,6 +278,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any, Callable]]] = {
     ),
     "weight norm": lambda: _pair(normed(parametrizations.weight_norm), *_rows()),
     "spectral norm": lambda: _pair(normed(parametrizations.spectral_norm).eval(), *_rows()),
+    "spectral norm, training": lambda: _pair(normed(parametrizations.spectral_norm), *_rows()),
     "multihead attention": lambda: _pair(
         nn.Sequential(
             nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Flatten(), nn.Linear(20, 5)

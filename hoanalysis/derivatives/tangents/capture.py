@@ -197,12 +197,16 @@ class Builder:
 
     def _in_place(self, op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
         """An op that writes its first argument: the functional one, seen by every alias through `aliases`."""
-        target = args[0]
         packet = op._schema.name.removeprefix("aten::")
-        if not isinstance(target, Ref) or "out" in kwargs or not packet.endswith("_"):
+        into = [a.name for a in op._schema.arguments if a.is_out]
+        target = kwargs.get(into[0]) if len(into) == 1 else args[0]
+        if not isinstance(target, Ref) or not (into or packet.endswith("_")):
             raise TangentsUnsupported(f"{op} writes to an argument")
         if self.is_live(target) and not self.grad:
             raise TangentsUnsupported(f"{op} writes under no_grad to what has a gradient")
+        if into:
+            others = {k: v for k, v in kwargs.items() if k not in into}
+            return self.aliases.write(target, self(_without_out(op), *args, **others))
         value = self._written_value(op, packet, args, kwargs)
         if packet in RENAMING:
             return self.aliases.rename(target, value)
@@ -288,6 +292,19 @@ def _first_line(error: Exception) -> str:
 
 def _written(op: torch._ops.OpOverload) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
+
+
+def _without_out(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The form of an op that gives its value instead of writing it."""
+
+    def taken(o: torch._ops.OpOverload) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in o._schema.arguments if not a.is_out]
+
+    for name in op._overloadpacket.overloads():
+        other = getattr(op._overloadpacket, name)
+        if taken(other) == taken(op) and len(other._schema.arguments) < len(op._schema.arguments):
+            return other
+    raise TangentsUnsupported(f"{op} has no functional form")
 
 
 def _random(op: Callable) -> bool:
