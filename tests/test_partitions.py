@@ -567,15 +567,15 @@ def test_a_reparameterized_weight_belongs_to_its_module():
 
 
 def test_fingerprints_tell_partitions_apart():
-    model = Net()
-    made = [NAMED[n](model) for n in sorted(NAMED)]
+    model, names = Net(), sorted(set(NAMED) - {"attention"})  # without attention it is the canonical one
+    made = [NAMED[n](model) for n in names]
     made += [Partition.blocks(model, 2), Partition.blocks(model, 3)]
     made += [Partition.split(model, {"body.0.weight": (axis, 1)}) for axis in (0,)]
     made += [Partition.split(model, {"body.2.weight": (axis, 2)}) for axis in (0, 1)]
     made += [Partition.canonical(Tied())]
     prints = [p.fingerprint() for p in made]
     assert len(set(prints)) == len(prints)
-    assert [NAMED[n](Net()).fingerprint() for n in sorted(NAMED)] == prints[: len(NAMED)]
+    assert [NAMED[n](Net()).fingerprint() for n in names] == prints[: len(names)]
 
 
 def test_fingerprints_see_assignments_of_any_integer_type():
