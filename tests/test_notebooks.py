@@ -1,0 +1,35 @@
+"""The notebooks that are opened by hand, executed by papermill, with what they have to find."""
+
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def said(executed: Path) -> str:
+    """What the cells of a notebook printed or returned as text."""
+    cells = nbformat.read(executed, as_version=4).cells
+    outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+    return "\n".join(str(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in outputs)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, in another process
+def test_the_tour_finds_the_step_and_the_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "tour.ipynb", tmp_path / "tour.ipynb", {"images": 256},
+        cwd=str(ROOT / "notebooks"), progress_bar=False,
+    )  # fmt: skip
+    text = said(tmp_path / "tour.ipynb")
+    assert "broke at step 120" in text
+    assert "from 0.05 to 0.5" in text
+    assert "engine tangents" in text
+
+
+def test_notebooks_hold_no_outputs_in_git():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        assert not any(c.outputs or c.execution_count for c in cells), path.name
