@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,13 @@ class Partition:
     @classmethod
     def canonical(cls, model: nn.Module, include_frozen: bool = False) -> Partition:
         """One group per parameter tensor, in the order of ``named_parameters()``. A tied tensor appears once."""
+        known = _known(model, include_frozen)
+        if known.canonical is None:
+            known.canonical = cls._canonical(model, include_frozen)
+        return known.canonical
+
+    @classmethod
+    def _canonical(cls, model: nn.Module, include_frozen: bool) -> Partition:
         parameters, frozen = describe_parameters(model, include_frozen)
         if not parameters:
             raise PartitionError(
@@ -441,6 +449,37 @@ def describe_parameters(
     model: nn.Module, include_frozen: bool = False
 ) -> tuple[dict[str, ParameterInfo], tuple[str, ...]]:
     """The parameters of a model in order, tied ones once with their aliases; and the names of the frozen ones."""
+    found = _known(model, include_frozen)
+    if found.description is None:
+        found.description = _describe(model, include_frozen)
+    parameters, frozen = found.description
+    return dict(parameters), frozen
+
+
+@dataclass
+class _Known:
+    """What was found out about a model whose parameters were these."""
+
+    signature: tuple
+    description: tuple[dict[str, ParameterInfo], tuple[str, ...]] | None = None
+    canonical: Partition | None = None
+
+
+_MODELS: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
+
+
+def _known(model: nn.Module, include_frozen: bool) -> _Known:
+    """Kept as long as the model has the same parameters under the same names: small models are summarized in 10 ms."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    kinds = tuple(type(m) for m in model.modules())
+    signature = kinds, tuple((n, id(p), p.shape, p.requires_grad) for n, p in parameters)
+    mine = _MODELS.setdefault(model, {})
+    if include_frozen not in mine or mine[include_frozen].signature != signature:
+        mine[include_frozen] = _Known(signature)
+    return mine[include_frozen]
+
+
+def _describe(model: nn.Module, include_frozen: bool) -> tuple[dict[str, ParameterInfo], tuple[str, ...]]:
     names_of: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(p), []).append(name)

@@ -591,3 +591,23 @@ def test_fingerprints_see_assignments_of_any_integer_type():
 def test_a_tensor_without_entries_is_a_group_of_none():
     p = Partition.canonical(nn.Sequential(nn.Linear(2, 1), nn.ParameterList([torch.zeros(0, 3)])))
     assert p.numel.tolist() == [2, 1, 0]
+
+
+def test_what_is_kept_of_a_model_follows_its_changes():
+    """Frozen, tied, replaced and exchanged parts are seen; a description that is changed by its reader is not kept."""
+    model = Net()
+    first = Partition.canonical(model)
+    assert Partition.canonical(model).labels == first.labels
+    describe_parameters(model)[0].clear()
+    assert len(describe_parameters(model)[0]) == len(first)
+    model.body[0].bias.requires_grad_(False)
+    assert Partition.canonical(model).frozen == ("body.0.bias",)
+    assert "body.0.bias" in Partition.canonical(model, include_frozen=True).labels
+    model.body[0].bias = model.body[1].bias  # both of shape (4,)
+    assert describe_parameters(model)[0]["body.0.bias"].aliases == ("body.1.bias",)
+    model.body[1] = nn.GroupNorm(2, 4)
+    assert describe_parameters(model)[0]["body.1.weight"].kind == "norm"
+    model.body[1] = RMSNorm()
+    assert describe_parameters(model)[0]["body.1.bias"].shape == (4,)
+    model.body[2] = nn.Linear(4, 7)
+    assert describe_parameters(model)[0]["body.2.weight"].shape == (7, 4)
