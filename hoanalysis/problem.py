@@ -147,6 +147,18 @@ class Problem:
             )
         return State({n: tensors[n] for n in selected}, {n: t for n, t in tensors.items() if n not in selected}, dtype)
 
+    def upcast(self, include_frozen: bool = False) -> torch.dtype | None:
+        """The dtype to compute in where the model is in half precision, which is noted; None where it is not."""
+        selected, _ = describe_parameters(self.model, include_frozen)
+        kinds = {p.dtype for n, p in self.model.named_parameters() if n in selected}
+        half = sorted(str(k).removeprefix("torch.") for k in kinds & {torch.float16, torch.bfloat16})
+        if not half:
+            return None
+        note = f"parameters in {' and '.join(half)} were cast to float32: derivatives of order two and more are noise there"
+        if note not in self.notes:
+            self.notes.append(note)
+        return torch.float32
+
     def fitted(self, checkpoint: Checkpoint | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint under the model's names, tied ones once.
 

@@ -259,7 +259,7 @@ class Work:
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self.problem, self.settings = problem, _checked(settings)
-        self.dtype = _dtype(settings.dtype)
+        self.dtype = _dtype(settings.dtype) or problem.upcast(settings.include_frozen)
         self.memory = _bytes(settings.memory)
         self.partition = resolve_partition(settings.partition, problem.model, settings.include_frozen)
         _refuse_huge(self.partition, settings)

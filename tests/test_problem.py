@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import hoanalysis as ho
 from hoanalysis.directions import gradient
 from hoanalysis.errors import ArgumentError, DataError, LossError, ModelError
 from hoanalysis.problem import Problem, batch_digest, count_rows, describe_callable, map_tensors, tensors_of
@@ -748,6 +749,21 @@ def test_half_precision_is_refused_with_the_way_out(dtype):
     with pytest.raises(ModelError, match=r"(?s)half precision: 'weight', 'bias'.*dtype='float32'"):
         problem.state()
     assert problem.state(dtype=torch.float32).parameters["weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summarized_in_single_with_a_note(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    problem = Problem(model, [(tensors(4, 4).to(dtype), classes(4))], F.cross_entropy)
+    ds = ho.summarize(problem, 2, direction="weights", progress=False)
+    assert ds.attrs["dtype"] == "float32"
+    assert f"parameters in {str(dtype).removeprefix('torch.')} were cast" in ds.attrs["provenance"]
+    assert model[0].weight.dtype == dtype
+    single = Problem(model.float(), [(problem.first_batch()[0].float(), classes(4))], F.cross_entropy)
+    expected = ho.summarize(single, 2, direction="weights", progress=False)
+    np.testing.assert_array_equal(ds.D2, expected.D2)
+    assert "were cast" not in expected.attrs["provenance"]
 
 
 def test_autocast_is_off_within():
