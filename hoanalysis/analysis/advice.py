@@ -65,8 +65,8 @@ def _beyond(one: xr.Dataset, solver: Solver) -> str:
         return ""
     return (
         f"far: at these rates the term of order {d} of the loss is {size[-1] / size[:-1].sum():.3g} times all terms "
-        f"below it, so that the quadratic model says nothing about so long a step. Use ds.ho.taylor_step(), which stops "
-        f"where the stored orders still agree, or a larger epsilon."
+        f"below it, so that the quadratic model says nothing about so long a step. Use ds.ho.taylor_step(), which "
+        f"stops where the stored orders still agree, or a larger epsilon."
     )
 
 

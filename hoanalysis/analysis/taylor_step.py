@@ -18,6 +18,7 @@ U^s -> c_s U^s divides eta_s by c_s.
 """
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import numpy as np
 import xarray as xr
@@ -108,8 +109,14 @@ def polynomial(groups: System, t: Tensors, names: Sequence[str]) -> Polynomial:
         part = t[name][np.ix_(*[use] * k)]
         for axis in range(k):
             part = part / scale.reshape([-1 if i == axis else 1 for i in range(k)])
-        found.append((-1) ** k * part)
+        found.append((-1) ** k * _symmetric(part))
     return Polynomial(found)
+
+
+def _symmetric(tensor: Array) -> Array:
+    """The mean over permutations of the axes: rounding apart, the tensor itself."""
+    orders = list(permutations(range(tensor.ndim)))
+    return sum((tensor.transpose(order) for order in orders), np.zeros_like(tensor)) / len(orders)
 
 
 def _point(groups: System, t: Tensors, names: Sequence[str], share: float) -> tuple[Point, Polynomial | None]:

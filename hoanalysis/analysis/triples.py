@@ -72,8 +72,7 @@ def _triples(one: xr.Dataset, step: object, top: int | None, distinct: bool) -> 
     columns["scale_free"] = scale_free_third(groups, t, at)
     columns["scale_free_se"] = standard_error(one, NAMES, lambda t: scale_free_third(groups, t, at))
     frame = pd.DataFrame(columns)
-    everything = np.indices((len(names),) * 3).reshape(3, -1)
-    total = np.nansum(np.abs(scale_free_third(groups, t, tuple(everything))))
+    total = _slice_sizes(groups, t).sum()
     frame["share"] = _multiplicity(at) * frame["scale_free"].abs() / total if total > 0 else np.nan
     frame["significance"] = frame["value"].abs() / frame["value_se"].where(frame["value_se"] > 0)
     order = frame["scale_free"].abs().sort_values(ascending=False, kind="stable").index
@@ -127,10 +126,14 @@ def third_slice(one: xr.Dataset, u: int, scale_free: bool = True) -> xr.DataArra
 
 def strongest_slice(one: xr.Dataset) -> int:
     """The position of the group whose slice of the scale-free D3 has the largest sum of sizes."""
-    size = one.sizes[schema.GROUP]
-    at = tuple(np.indices((size,) * 3).reshape(3, -1))
-    free = np.abs(scale_free_third(system(one), tensors(one, NAMES), at)).reshape((size,) * 3)
-    return int(np.argmax(np.nansum(free, axis=(0, 1))))
+    return int(np.argmax(_slice_sizes(system(one), tensors(one, NAMES))))
+
+
+def _slice_sizes(groups: System, t: Tensors) -> Array:
+    """sum_st |A_stu| for each u, shape (S,), over what is known."""
+    size = np.sqrt(np.abs(np.diagonal(t["D2"])))
+    weight = np.divide(1.0, size, out=np.zeros_like(size), where=groups.used & (size > 0))
+    return np.nan_to_num(np.abs(t["D3"])).transpose(2, 0, 1) @ weight @ weight * weight
 
 
 def triple_values(ds: xr.Dataset, top: int = 6, *, distinct: bool = True) -> pd.DataFrame:

@@ -102,7 +102,7 @@ def _beyond(f: Polynomial, sigma: float, y: Array, share: float) -> tuple[float,
 def _minimizer(f: Polynomial, sigma: float, start: Array) -> Array | None:
     """Newton's method from ``start`` for slope + sigma y = 0, to rounding; None unless it stays where f is convex."""
     y, before = start, np.inf
-    for _ in range(50):
+    for _ in range(25):
         factor = _factor(f, sigma, y)
         if factor is None:
             return None
@@ -130,7 +130,7 @@ def _factor(f: Polynomial, sigma: float, y: Array) -> tuple[Array, bool] | None:
         return None
 
 
-def _continued(f: Polynomial, sigma: float, to: float, y: Array, depth: int = 10) -> Array | None:
+def _continued(f: Polynomial, sigma: float, to: float, y: Array, depth: int = 6) -> Array | None:
     """The minimizer at ``to`` on the curve through y at ``sigma``, in as many steps between them as it takes."""
     factor = _factor(f, sigma, y)
     if factor is None:
