@@ -32,10 +32,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import hoanalysis as ho
-from hoanalysis.errors import HoError
-from tests.derivatives.cases_models import MODELS
-from tests.derivatives.cases_tangents import ARCHITECTURES
+import hoanalysis as ho  # noqa: E402
+from hoanalysis.errors import HoError  # noqa: E402
+from tests.derivatives.cases_models import MODELS  # noqa: E402
+from tests.derivatives.cases_tangents import ARCHITECTURES  # noqa: E402
 
 GROUPS = 4  # blocks of layers
 SECONDS = 90  # for one model with both engines
@@ -173,7 +173,12 @@ def _batch(head: str, config: Any) -> dict[str, torch.Tensor]:
 def compared(build: Callable[[], Built]) -> dict[str, Any]:
     """One row: the engine, its error, the seconds of both, and why it was not tangents."""
     torch.manual_seed(0)
-    model, batch, loss = build()
+    try:
+        model, batch, loss = build()
+    except (NotBuilt, TimeoutError):
+        raise
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:100]}") from error
     problem = ho.Problem(model, [batch], batch_loss=loss, batch_size=lambda _: 1.0)
     partition = ho.Partition.blocks(model, min(GROUPS, len(ho.Partition.canonical(model))))
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -269,14 +274,16 @@ def _line(row: dict[str, Any]) -> str:
     def ms(key: str) -> str:
         return f"{1e3 * row[key]:.0f}" if key in row else ""
 
-    error = f"{row['error']:.0e}" if "error" in row else ""
-    reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")[:160]
-    name = row["model"].removeprefix("transformers: ")
-    return (
-        f"| {name} | {row.get('parameters', ''):,} | {verdict(row)} | {error} | {ms('tangents')} | {ms('nested')} | {reason} |"
-        if "parameters" in row
-        else f"| {name} | | {verdict(row)} | | | | {reason} |"
-    )
+    cells = [
+        row["model"].removeprefix("transformers: "),
+        f"{row['parameters']:,}" if "parameters" in row else "",
+        verdict(row),
+        f"{row['error']:.0e}" if "error" in row else "",
+        ms("tangents"),
+        ms("nested"),
+        str(row.get("reason", "")).replace("|", "/").replace("\n", " ")[:160],
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 HEADER = """
@@ -285,9 +292,9 @@ HEADER = """
 Made by `python benchmarks/architectures.py`. Small models in float64, one batch, four groups of layers, along a random
 direction. *error* is the largest difference of D1, D2 and D3 from nested reverse mode, in units of the largest entry of
 each. *exact*: at most 1e-10. *float32*: at most 1e-5, because the model itself computes a part of its loss in single
-precision. *nested*: captured only by the nested engine, with the reason. Times are warm calls on one core, under whatever
-else the machine was doing; with four groups nested has little to do, so that they say what capture and small models
-cost, not what large ones gain.
+precision. *nested*: taken by the nested engine alone, with the reason. Times are warm calls on one core, under whatever
+else the machine was doing; with four groups nested has little to do, so that they say what small models cost, not what
+large ones gain.
 """
 
 

@@ -154,7 +154,7 @@ class Problem:
         half = sorted(str(k).removeprefix("torch.") for k in kinds & {torch.float16, torch.bfloat16})
         if not half:
             return None
-        note = f"parameters in {' and '.join(half)} were cast to float32: derivatives of order two and more are noise there"
+        note = f"parameters in {' and '.join(half)} were cast to float32: derivatives of order two are noise there"
         if note not in self.notes:
             self.notes.append(note)
         return torch.float32
