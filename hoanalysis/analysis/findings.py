@@ -153,8 +153,16 @@ def _predicted(ds: xr.Dataset) -> str:
     what = "single steps" if (told["steps"].values == 1).all() else "moves from checkpoint to checkpoint"
     return (
         f"Of {known.sum()} {what}, the Taylor prediction comes within 10 % of the measured change of the loss in "
-        f"{shares} at the orders 1 to {len(within)}{better if len(within) > 1 else ''}."
+        f"{shares} at the orders 1 to {len(within)}{better if len(within) > 1 else ''}.{_reach(told)}"
     )
+
+
+def _reach(told: xr.Dataset) -> str:
+    reach = told["reach"].transpose("order", "step").values
+    if not np.isfinite(reach).any():
+        return ""
+    each = ", ".join(f"{r:.2g}" for r in np.nanmedian(reach, axis=1))
+    return f" It does so up to {each} times the step in the median."
 
 
 def _best(ds: xr.Dataset, log: pd.DataFrame | None) -> str:

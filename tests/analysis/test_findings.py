@@ -134,12 +134,26 @@ def test_how_many_steps_were_predicted_is_counted(broken):
     text = "\n".join(findings(ds))
     assert f"Of {known.sum()} single steps" in text
     assert f"in {', '.join(shares)} at the orders 1 to 3" in text
+    assert "times the step in the median" not in text
     best = np.array([best_multiple(ds.isel(step=i)) for i in range(20)])
     assert f"the best multiple is {np.nanmedian(best):.2g} in the median" in text
     used = np.where(np.arange(20) < 12, 0.02, 4.0)
     log = pd.DataFrame({"step": [0, 12], "learning_rate": [0.02, 4.0]})
     needed = np.median((best * used)[np.isfinite(best)])
     assert f"a learning rate of {needed:.2g} where" in "\n".join(findings(ds, log))
+
+
+def test_how_far_each_order_reaches_is_said_where_it_was_measured(broken):
+    ds = broken["to:next"]
+    order = [
+        ds[f"D{d}"].sum([f"group{i}" if i > 1 else "group" for i in range(1, d + 1)], skipna=False) for d in (1, 2)
+    ]
+    taus = np.array([0.5, 1.0, 2.0])
+    along = np.stack([order[0] * t + order[1] * t**2 / 2 for t in taus], axis=-1)  # a quadratic: order 2 is exact
+    told = ds.assign(change_along=(("step", "tau"), along)).assign_coords(tau=taus)
+    reach = prediction(told).reach.isel(step=slice(20)).median("step").values
+    assert reach[1] == reach[2] == 2
+    assert f"up to {reach[0]:.2g}, 2, 2 times the step in the median" in "\n".join(findings(told))
 
 
 def test_the_last_checkpoint_of_to_next_is_not_missing(broken):
