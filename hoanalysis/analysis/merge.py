@@ -36,8 +36,9 @@ def merge(ds: xr.Dataset, by: By) -> xr.Dataset:
     -------
     Dataset
         D1, D2, .. and their blocks summed; standard errors sqrt(n/(n-1) sum w^2 (x_b - x)^2 / (sum w)^2) from the
-        block means x_b where blocks are kept, dropped otherwise; stored diagonals and ``loss_removed`` dropped wherever
-        groups were really merged. ``direction_norm`` is the root of the sum of squares, ``numel`` the sum.
+        block means x_b where blocks are kept, dropped otherwise; stored diagonals and the measured ``change_removed``
+        dropped wherever groups were really merged. ``direction_norm`` is the root of the sum of squares, ``numel`` the
+        sum.
 
     Raises
     ------

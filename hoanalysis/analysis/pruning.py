@@ -24,6 +24,7 @@ from hoanalysis.analysis.groups import System, system
 from hoanalysis.errors import SchemaError, listed
 
 NAMES = ["D1", "D2"]
+CLEAR = 2.0
 SCORES = {
     "obd": ("change of the loss when the group is removed", 1),
     "obd_pair": ("change of the loss when the pair of groups is removed", 2),
@@ -39,7 +40,9 @@ def saliency(ds: xr.Dataset) -> xr.Dataset:
     Dataset
         ``obd`` (S,), ``obd_pair`` (S, S; NaN on the diagonal) and ``obs`` (S,), each with ``<name>_se`` by the
         delete-one jackknife over the kept blocks. ``obs`` is NaN where the other groups have no minimum to go to (their
-        D2 is not positive definite). ``scale_invariant`` (S,): groups whose scale the loss does not depend on, as
+        D2 is not positive definite). ``measured`` (S,) and ``measured_pair`` (S, S), with errors, the change of the
+        loss after really removing groups and pairs, where it was measured (summarize with
+        ``measure=("removed", "pairs")``). ``scale_invariant`` (S,): groups whose scale the loss does not depend on, as
         before a norm; they score 0 and removing them matters all the same. ``status``, advice in words.
 
     Raises
@@ -57,11 +60,31 @@ def saliency(ds: xr.Dataset) -> xr.Dataset:
         found[name] = array
         found[f"{name}_se"] = array.copy(data=error)
         found[f"{name}_se"].attrs = error_attrs(ds, title, "loss", why_none(ds, NAMES))
+    found |= _measured(ds)
     null = over_checkpoints(ds, lambda one: system(one).null)
     found["scale_invariant"] = labelled(ds, null, ("group",), "scale_invariant", "group whose scale has no effect", "")
     status = over_checkpoints(ds, _status)
     found["status"] = labelled(ds, status, (), "status", "advice on removing groups", "")
     return xr.Dataset(found)
+
+
+MEASURED = {"measured": (schema.CHANGE_REMOVED, "obd", 1), "measured_pair": (schema.CHANGE_REMOVED_PAIR, "obd_pair", 2)}
+
+
+def _measured(ds: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The measured changes that the Dataset holds, under the names and with the dims of the scores."""
+    found = {}
+    for name, (stored, score, order) in MEASURED.items():
+        if stored not in ds:
+            continue
+        title = f"measured {SCORES[score][0]}"
+        values = over_checkpoints(ds, partial(tensor, name=stored))
+        found[name] = labelled(ds, values, schema.group_dims(order), name, title, "loss")
+        se = schema.error_of(stored)
+        error = over_checkpoints(ds, partial(tensor, name=se)) if se in ds else values * np.nan
+        found[f"{name}_se"] = labelled(ds, error, schema.group_dims(order), f"{name}_se", "", "loss")
+        found[f"{name}_se"].attrs = error_attrs(ds, title, "loss", "" if se in ds else f"because {se} is not held")
+    return found
 
 
 def needs_weights(ds: xr.Dataset, what: str, why: str) -> None:
@@ -136,9 +159,24 @@ def _status(one: xr.Dataset) -> str:
             "no minimum: without some group the loss has no minimum along the scales of the others (D2 is not positive "
             "definite), so that OBS is NaN there. Use OBD."
         )
+    lines.append(_far(one, names))
     slope = np.abs(tensor(one, "D1"))
     if np.nansum(slope) > np.nansum(np.abs(np.diagonal(tensor(one, "D2")))):
         lines.append(
             "first order: D1 is larger than D2's diagonal, so that removal to second order is a long way to go."
         )
-    return "\n".join(lines) or "ok: scores to second order; compare with the loss measured after removal."
+    told = "; compare with the loss measured after removal" if schema.CHANGE_REMOVED not in one else ""
+    return "\n".join(filter(None, lines)) or f"ok: scores to second order{told}."
+
+
+def _far(one: xr.Dataset, names: Array) -> str:
+    """Groups whose OBD misses the measured change by more than half of it, beyond the errors of both."""
+    if schema.CHANGE_REMOVED not in one:
+        return ""
+    measured, score = tensor(one, schema.CHANGE_REMOVED), obd(tensors(one, NAMES))
+    miss, se = np.abs(score - measured), schema.error_of(schema.CHANGE_REMOVED)
+    noise = np.hypot(standard_error(one, NAMES, obd), tensor(one, se) if se in one else np.nan)
+    far = names[miss > np.maximum(np.abs(measured) / 2, CLEAR * np.nan_to_num(noise))]
+    if not len(far):
+        return ""
+    return f"far: OBD misses the measured change by more than half of it for {listed(far)}; rank them by ``measured``."

@@ -38,6 +38,7 @@ def quantities(held: Sequence[str], orders: Sequence[int]) -> list[Quantity]:
     found = [_stored(schema.LOSS, "loss", 0)]
     found += [_stored(schema.derivative(d), schema.derivative(d), d) for d in orders]
     found += [_stored(schema.diagonal(d), f"diagonal of D{d}", 1) for d in range(1, 5)]
+    found.append(_stored(schema.CHANGE_REMOVED, "change of the loss when the group moves by its whole direction", 1))
     matrix = ("D1", "D2")
     found.append(Quantity("scale_free", "scale-free H-bar", "1", 2, matrix, _scale_free))
     found.append(Quantity("learning_rates", "learning rate (no regularization)", "1", 1, matrix, _rates))

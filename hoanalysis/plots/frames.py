@@ -91,11 +91,12 @@ def changed(ds: xr.Dataset, other: xr.Dataset | None, step: Any, quantity: str) 
 
 
 def removal(ds: xr.Dataset, step: Any = None) -> pd.DataFrame:
-    """OBD and OBS scores of the groups at one checkpoint: ``step, group, quantity, value, se``."""
+    """OBD, OBS and measured changes of the groups at one checkpoint: ``step, group, quantity, value, se``."""
     one = at_step(ds, step)
     found = saliency(one)
-    names = {"obd": "removed alone (OBD)", "obs": "others rescaled (OBS)"}
-    return pd.concat([by_group(one, text, found[n], found[f"{n}_se"]) for n, text in names.items()], ignore_index=True)
+    names = {"obd": "removed alone (OBD)", "measured": "removed alone, measured", "obs": "others rescaled (OBS)"}
+    parts = [by_group(one, text, found[n], found[f"{n}_se"]) for n, text in names.items() if n in found]
+    return pd.concat(parts, ignore_index=True)
 
 
 def sharpness(ds: xr.Dataset) -> pd.DataFrame:

@@ -12,13 +12,14 @@ NEEDED = "this needs summaries along the direction 'weights'"
 
 
 def saliency(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
-    """How the loss changes, to second order, when each group is removed: alone, and with the others rescaled."""
+    """How the loss changes when each group is removed: to second order, alone and with the others rescaled, and
+    measured, where the Dataset holds that (summarize with ``measure=("removed",)``)."""
     if not _along_weights(ds):
         return style.nothing(style.axes(ax, 5.0, 3.0), NEEDED)
     frame = frames.removal(ds, step)
     ax = rows(frame, ax, by="quantity")
     ax.axvline(0, color="0.7", lw=0.8, zorder=0)
-    ax.set_xlabel("change of the loss to second order [loss], bars: 2 standard errors")
+    ax.set_xlabel("change of the loss [loss], bars: 2 standard errors")
     ax.set_title(f"Removing groups{_when(ds, step)}")
     return legend(ax)
 

@@ -33,6 +33,16 @@ def test_saliency_and_its_errors():
     assert plots.saliency(ds).get_title() == "Removing groups, step 10"
 
 
+def test_measured_changes_are_drawn_beside_the_scores():
+    ds = weights()
+    assert "removed alone, measured" not in drawn(plots.saliency(ds))
+    ds["change_removed"] = saliency(ds).obd * 1.1
+    ds["change_removed_se"] = np.abs(ds.change_removed) * 0.01
+    values, bars = drawn(plots.saliency(ds))["removed alone, measured"]
+    np.testing.assert_allclose(values, ds.change_removed.values)
+    np.testing.assert_allclose(bars, 2 * ds.change_removed_se.values)
+
+
 def test_flatness_at_the_first_and_last_checkpoint():
     ds = weights(steps=3)
     shown, found = drawn(plots.flatness(ds)), flatness(ds)
