@@ -12,6 +12,7 @@ from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import BRANCHES as BRANCHES_KEPT
 from hoanalysis.derivatives.engines import Tangents, Task
 from hoanalysis.derivatives.tangents import OtherBranch, TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.tangents.rules.linear import _largest_of_four
 from hoanalysis.models import MLP
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
@@ -376,3 +377,26 @@ def test_operands_of_different_dtypes(name):
         (streamed.tensors[2], second), (streamed.diagonals[3], torch.einsum("iii->i", result.tensors[3])),
     ):  # fmt: skip
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 6, 8), (2, 4, 4), (1, 1, 2, 2)])
+def test_the_largest_of_four_is_torchs(shape):
+    """Values and places, ties included (every second entry is one of three numbers), and infinities."""
+    x = torch.where(torch.rand(shape) < 0.5, torch.randint(-1, 2, shape).double(), torch.randn(shape))
+    x.view(-1)[0] = -torch.inf
+    x.view(-1)[-1] = torch.inf
+    value, index = F.max_pool2d(x, 2, return_indices=True)
+    torch.testing.assert_close(_largest_of_four(x)[0], value, rtol=0, atol=0)
+    assert torch.equal(_largest_of_four(x)[1], index)
+
+
+@pytest.mark.parametrize(
+    "options", [(2,), (2, 2), ([2, 2], [2, 2], 0, 1, False), (2, 1), (3,), (2, 2, 1), (2, 2, 0, 2), (2, 2, 0, 1, True)]
+)
+def test_poolings_of_all_kinds(options):
+    case = net_case(lambda x: F.max_pool2d(x.sin().flatten().view(1, 4, 6), *options).sin().sum() * x)
+    problem, state, u, partition = case.ready()
+    result = capture(problem, state, case.batch).derivatives(state, u, partition, case.batch, Request(3))
+    first, second, third = nested(problem, state, u, partition, case.batch, c := torch.randn(len(partition)))
+    for got, expected in ((result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third)):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))

@@ -381,13 +381,35 @@ class NegativeLogLikelihood(Linear):
         return stack.reshape(len(stack), *[1] * self.slope.dim()) * self.slope
 
 
+def _in_quarters(x: Tensor, options: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a pooling is that of windows of 2 x 2 side by side."""
+    kernel, stride, *others = (*options, *([2, 2], [0, 0], [1, 1], False)[len(options) - 1 :])
+    sizes = [list(s) if isinstance(s, (list, tuple)) else [s, s] for s in (kernel, stride or kernel)]
+    plain = sizes == [[2, 2], [2, 2]] and others in ([[0, 0], [1, 1], False], [0, 1, False])
+    return plain and not kwargs and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+
+
+def _largest_of_four(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and flat places: the first of the largest, as torch has it, in half the time."""
+    width = x.shape[-1]
+    a, b, c, d = (x[..., i::2, j::2].contiguous() for i in (0, 1) for j in (0, 1))
+    top, bottom = torch.maximum(a, b), torch.maximum(c, d)
+    low = bottom > top
+    index = low.to(torch.int64).mul_(width).add_(torch.where(low, d > c, b > a))
+    corner = torch.arange(0, x.shape[-2], 2)[:, None] * width + torch.arange(0, width, 2)
+    return torch.maximum(top, bottom), index.add_(corner.to(x.device))
+
+
 @rule(aten.max_pool2d.default)
 class MaxPool2d(Linear):
     """The largest of each window, with its place held fixed."""
 
     def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
         self.args = args
-        self.value, index = F.max_pool2d(args[0], *args[1:], **kwargs, return_indices=True)
+        if _in_quarters(args[0], args[1:], kwargs):
+            self.value, index = _largest_of_four(args[0])
+        else:
+            self.value, index = F.max_pool2d(args[0], *args[1:], **kwargs, return_indices=True)
         self.index = index.flatten(-2)
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
