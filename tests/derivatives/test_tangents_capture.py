@@ -113,6 +113,21 @@ def placed(x):
     return y.view_as(x)
 
 
+def rotated(x):
+    """Rotary positions: a product with fixed complex numbers."""
+    angle = torch.polar(torch.ones(2), torch.tensor([0.3, 1.0]))
+    turned = torch.view_as_complex(x.sin().reshape(-1, 2, 2)) * angle
+    return torch.view_as_real(turned).flatten(1) * x
+
+
+def squared_in_the_plane(x):
+    """Products, sums, conjugates and parts of complex numbers that both depend on parameters."""
+    z = torch.view_as_complex(x.reshape(len(x), 2, 2).contiguous())
+    w = (z * z.conj().roll(1, 0) + 0.5 * z[:, [1, 0]] - z.sum(1, keepdim=True)).unsqueeze(-1)
+    first, second = w.unbind(1)
+    return torch.cat([first.real * second.imag, (first * second).abs(), torch.view_as_real(w[:, 0]).flatten(1)], 1)
+
+
 def picked(x):
     values, index = x.topk(2, dim=1)
     middle = torch.cat([x.median(1).values, x.kthvalue(2, 1).values, x.min(0).values[:2]])
@@ -126,6 +141,8 @@ SEEN = {
     "copies and writes": copied_first,
     "scatter, index_put": placed,
     "topk, sort, median": picked,
+    "rotary": rotated,
+    "complex": squared_in_the_plane,
     "softmax in another dtype": lambda x: (
         x.softmax(1, dtype=torch.float64) * F.log_softmax(x, 0, dtype=torch.float64).mean(0)
     ),
@@ -341,14 +358,9 @@ def test_a_softmax_in_another_dtype(softmax):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_complex_numbers_are_refused():
-    """Not a number of the chain rule as it is written here: cut off, they would be silently wrong."""
-
-    def rotated(x):
-        turned = torch.view_as_complex(x.reshape(-1, 2, 2)) * torch.polar(torch.ones(2), torch.tensor([0.3, 1.0]))
-        return torch.view_as_real(turned).reshape(x.shape)
-
-    problem, state, _, _ = (case := net_case(rotated)).ready()
+def test_complex_numbers_out_of_nowhere_are_refused():
+    """Cut off, they would be silently wrong."""
+    problem, state, _, _ = (case := net_case(lambda x: torch.fft.fft(x).real)).ready()
     with pytest.raises(TangentsUnsupported, match="complex"):
         capture(problem, state, case.batch)
 

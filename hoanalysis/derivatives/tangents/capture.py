@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hoanalysis.derivatives.primitives import without_mkldnn
+from hoanalysis.derivatives.tangents import pairs
 from hoanalysis.derivatives.tangents.aliases import Aliases
 from hoanalysis.derivatives.tangents.decompositions import DECOMPOSITIONS
 from hoanalysis.derivatives.tangents.graph import (
@@ -73,6 +74,10 @@ class Builder:
     def __call__(self, op: Callable, *args: Any, **kwargs: Any) -> Any:
         """Emit one op on references and plain arguments; a reference, or a tuple of them, comes back."""
         name = op._schema.name if isinstance(op, torch._ops.OpOverload) else op.__name__
+        if pairs.concerned(args, kwargs):
+            return pairs.emit(self, op, args, kwargs)
+        if (pair := pairs.begins(self, op, args)) is not None:
+            return pair
         if isinstance(op, torch._ops.OpOverload) and _written(op):
             return self._in_place(op, args, kwargs)
         inputs = flatten_inputs(args, kwargs)

@@ -383,7 +383,8 @@ class NegativeLogLikelihood(Linear):
 
 def _in_quarters(x: Tensor, options: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a pooling is that of windows of 2 x 2 side by side."""
-    kernel, stride, *others = (*options, *([2, 2], [0, 0], [1, 1], False)[len(options) - 1 :])
+    given: list[Any] = [*options, *[[2, 2], [0, 0], [1, 1], False][len(options) - 1 :]]
+    kernel, stride, *others = given
     sizes = [list(s) if isinstance(s, (list, tuple)) else [s, s] for s in (kernel, stride or kernel)]
     plain = sizes == [[2, 2], [2, 2]] and others in ([[0, 0], [1, 1], False], [0, 1, False])
     return plain and not kwargs and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
