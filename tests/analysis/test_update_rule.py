@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
 
-from hoanalysis.analysis.update_rule import chains, update_rule
+from hoanalysis.analysis.update_rule import _Parts, _solved, chains, update_rule
 from hoanalysis.errors import ArgumentError
 
-from .trajectory import NAMES, Cubic, series, train
+from .trajectory import NAMES, OWNER, Cubic, series, train
 
 
 def rule(model, points, labels=None, log=None, weights=True):
@@ -54,6 +54,28 @@ def test_with_the_noise_of_batches_the_errors_say_how_far_off_it_is():
     sizes = np.abs(np.array(off, dtype=float))
     assert (np.median(sizes, axis=0) < 2).all()  # 0.7 if the jackknife of ten dependent pairs were perfect
     assert (np.median(sizes, axis=0) > 0.2).all()  # and errors that are far too large say nothing
+
+
+def test_groups_that_disagree_on_the_momentum_widen_its_error():
+    """What looks like momentum and is another force is not the same in all groups."""
+    momentum = np.array([1.1, 1.0, 0.7, 0.6])
+    points = train(Cubic(), 8, rates=0.03, momentum=momentum[OWNER])
+    found = rule(Cubic(), points).isel(chain=0)
+    assert 0.6 < found.momentum < 1.1
+    assert found.momentum_se >= np.std(momentum, ddof=1) / 2
+    alone = np.array([_solved([_of_group(e, g) for e in _equations(points)], 4)[1] for g in range(4)])
+    assert_allclose(alone, momentum, atol=1e-6)
+
+
+def _equations(points):
+    ds = series(Cubic(), points)
+    parts = _Parts(ds["to:next"], ds["gradient"], None)
+    return [e for i in range(len(points) - 2) if (e := parts.equations(i)) is not None]
+
+
+def _of_group(equations, g):
+    left, right = equations
+    return left[left[:, 2 + g] != 0], right[left[:, 2 + g] != 0]
 
 
 def test_chains_are_cut_at_gaps_and_where_the_log_changes_the_rate():
