@@ -28,9 +28,11 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
 img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
-table { border-collapse: collapse; font-size: 14px; } td, th { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5;
+table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5;
 text-align: right; } th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
-li, td, th, h1, h2, pre { overflow-wrap: anywhere; } .long { max-height: 12em; overflow-y: auto; }
+li, h1, h2, pre { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; max-width: 24em; }
+.long { max-height: 12em; overflow-y: auto; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 1rem 1.2rem; margin: 1rem 0; }
 .card h2 { margin-top: 0; border: none; } .card pre { white-space: pre-wrap; background: none; padding: 0; }
 .banner { border: 1px solid #b8860b; background: #fdf6e0; border-radius: 6px; padding: .6rem 1rem; }
