@@ -238,8 +238,8 @@ def _by_name(name: str) -> dict[str, Any]:
 
 def rows(names: list[str]) -> Iterator[dict[str, Any]]:
     """One fresh process for each model: what a library registers or breaks stays there."""
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        yield from pool.imap(_by_name, names)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        yield from pool.imap(_by_name, names, chunksize=1)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "architectures.md")
     parser.add_argument("--rows", type=Path, default=None, help="also write the rows here, one JSON object each")
     arguments = parser.parse_args()
+    _ = ho.summarize  # loads what the processes share
     _TASKS.update({**own(), **hugging_face()})
     found = []
     for row in rows([n for n in _TASKS if arguments.only in n]):
