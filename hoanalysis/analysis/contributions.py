@@ -67,12 +67,14 @@ def shares_of(t: Mapping[str, Array]) -> Array:
     return np.sum([t[n].reshape(len(t[n]), -1).sum(1) / factorial(d) for d, n in enumerate(names, 1)], axis=0)
 
 
-def shares(one: xr.Dataset) -> pd.DataFrame:
-    """What each group adds to the predicted change: sum_d (1/d!) sum_{t..} D^(d)[s,t,..], which sums to the prediction.
+def shares(one: xr.Dataset, order: int | None = None) -> pd.DataFrame:
+    """What each group adds to the predicted change: sum_d (1/d!) sum_{t..} D^(d)[s,t,..], d = 1..order, which sums to
+    the prediction of that order (by default the highest). It is the Aumann-Shapley value of the group: the integral
+    over t in 0..1 of U^s . gradient(theta + t u).
 
     Columns ``group, share, share_se, slope, curvature, overshoot``; the group that raises the loss most first.
     """
-    names = [schema.derivative(d) for d in range(1, highest_order(one) + 1)]
+    names = [schema.derivative(d) for d in range(1, (order or highest_order(one)) + 1)]
     share, blocks = shares_of(tensors(one, names)), kept_blocks(one, names)
     error = np.full(len(share), np.nan)
     if blocks is not None:

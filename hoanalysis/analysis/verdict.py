@@ -28,6 +28,7 @@ from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array, kept_blocks, step_labels, tensor
 from hoanalysis.analysis.contributions import shares
 from hoanalysis.analysis.errorbars import error_of_mean
+from hoanalysis.analysis.prediction import prediction
 from hoanalysis.analysis.taylor import highest_order
 from hoanalysis.analysis.training_log import used_at
 from hoanalysis.analysis.update_rule import PAIRS, Chain, chains, update_rule
@@ -322,7 +323,7 @@ def _slopes(ds: xr.Dataset, steps: Sequence[int]) -> Array:
 def _overshoot(ds: xr.Dataset, broke: Break) -> tuple[tuple[str, ...], str]:
     """The groups that make half of what raised the loss at the step where it broke, and how long it had to be."""
     one = ds.isel(step=broke.position)
-    raised = shares(one).query("share > 0")
+    raised = shares(one, best_order(prediction(ds).isel(step=broke.position))).query("share > 0")
     before = raised["share"].cumsum() - raised["share"]
     guilty = raised[before < HALF * raised["share"].sum()]
     told = [f"{g.group!r} ({g.share:+.2g} ± {g.share_se:.1g})" for g in guilty.head(4).itertuples()]
@@ -335,6 +336,13 @@ def _overshoot(ds: xr.Dataset, broke: Break) -> tuple[tuple[str, ...], str]:
     return tuple(guilty["group"]), text + (
         f". {best:.2g} of the step would have been best." if np.isfinite(best) else "."
     )
+
+
+def best_order(told: xr.Dataset) -> int:
+    """The order, from 2 on, whose prediction of one step is nearest to what was measured: beyond the reach of the
+    Taylor polynomial its last term outgrows the others, and groups would be blamed for what it does not explain."""
+    left = np.abs(told["unexplained"].values[1:])
+    return int(told["order"].values[-1] if np.isnan(left).any() or not len(left) else 2 + np.argmin(left))
 
 
 def best_multiple(one: xr.Dataset) -> float:

@@ -3,6 +3,7 @@
 from itertools import chain, combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
 
@@ -82,6 +83,24 @@ def test_the_share_of_a_group_is_its_slope_integrated_along_the_step(run):
     own = moved(u, [0])
     curvature = (model.share @ (model.derivatives(x)[1] @ own)) @ own
     assert_allclose(found.loc["a.weight", "overshoot"], -curvature / (model.gradient(x) @ own), rtol=1e-9)
+
+
+def test_shares_are_those_of_the_order_that_predicts_the_step(run):
+    """A third order that has outgrown the others is blamed on no group."""
+    _, _, ds = run
+    found = autopsy(ds, 1)
+    assert found.shares_order == 3
+    wild = ds.copy(deep=True)
+    for name in ("D3", "D3_batch"):
+        wild[name][:] *= -50
+    second = autopsy(wild, 1)
+    assert second.shares_order == 2
+    plain = shares(ds.isel(step=1).drop_vars(["D3", "D3_se", "D3_batch"]))
+    pd.testing.assert_frame_equal(second.shares, plain)
+    assert_allclose(second.terms["value"].sum(), second.predicted, rtol=1e-12)  # the waterfall shows every order
+    unmeasured = wild.copy(deep=True)
+    unmeasured.loss[2] = np.nan
+    assert autopsy(unmeasured, 1).shares_order == 3
 
 
 def test_without_a_step_it_is_where_the_run_broke_or_the_worst_single_step():
