@@ -309,7 +309,8 @@ def _checked(tensors: Mapping[str, Any], state: State, name: str) -> dict[str, T
             got = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is a {type(t).__name__}"
             raise DirectionError(f"the direction of {n!r} {got}, the parameter has shape {tuple(p.shape)}")
         t = t.detach().to(p)
-        if bad := int((~torch.isfinite(t)).sum()):
+        # a sum is finite only where all entries are; one that overflows is looked into
+        if not bool(t.sum().isfinite()) and (bad := int((~torch.isfinite(t)).sum())):
             raise DirectionError(
                 f"the direction of {n!r} has {bad} entries that are not finite",
                 do="look at the loss and the weights of this checkpoint",

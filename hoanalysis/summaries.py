@@ -167,7 +167,7 @@ def summarize(
     )  # fmt: skip
     work = Work(problem, settings)
     loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
-    unit = work.unit(loaded, progress=progress)
+    unit = work.sums(loaded, progress=progress)
     sha = loaded.sha256 if isinstance(loaded, Checkpoint) else ""
     plan = work.plan([{"step": 0, "sha256": sha, "units": [{}]}], series=False)
     return units.assemble(plan, lambda _: unit)
@@ -396,6 +396,12 @@ class Work:
         self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
     ) -> xr.Dataset:
         """The un-normalised sums of one checkpoint over the data."""
+        return self.sums(checkpoint, run, store=store, progress=progress).dataset()
+
+    def sums(
+        self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
+    ) -> units.Parts:
+        """What a unit is made of."""
         s = self.settings
         state = self.state(checkpoint)
         identity = self._identity(state, checkpoint)
@@ -426,7 +432,7 @@ class Work:
             sums.influence = influence(engine, sums, s.max_batches, lambda it: _bar(it, progress, "influence"))
         if s.tolerance is not None:
             facts["stopping"] = stopping(sums, s.tolerance)
-        return sums.unit(norms, facts)
+        return sums.parts(norms, facts)
 
     def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Store | None = None) -> xr.Dataset:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""
@@ -645,7 +651,8 @@ def _refuse_huge(p: Partition, s: Settings) -> None:
 
 
 def _refuse_nonfinite(state: State) -> None:
-    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in state.parameters.items() if not bool(p.isfinite().all())}
+    unclear = {n: p for n, p in state.parameters.items() if not bool(p.sum().isfinite())}  # NaN, inf, or an overflow
+    bad = {n: count for n, p in unclear.items() if (count := int((~torch.isfinite(p)).sum()))}
     if bad:
         raise NumericsError(
             f"parameters that are not finite: {listed(bad)}", why=f"{sum(bad.values())} entries are NaN or infinite"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,10 @@ class Accumulator:
 
     def unit(self, coords: Values, scalars: Mapping[str, Any]) -> xr.Dataset:
         """The unit Dataset. ``coords`` are per-group numbers of this checkpoint, ``scalars`` its JSON-able facts."""
+        return self.parts(coords, scalars).dataset()
+
+    def parts(self, coords: Values, scalars: Mapping[str, Any]) -> Parts:
+        """What the unit Dataset is made of."""
         data: dict[str, Any] = {
             "n_batches": ((), self.n_batches),
             "n_samples": ((), self.n_samples),
@@ -125,7 +130,22 @@ class Accumulator:
                 stack = np.stack([sums[k] for _, sums in self._blocks])
                 data[schema.blocks_of(k)] = ((schema.BATCH, *schema.dims_of(k, stack.ndim - 1)), stack)
         data |= {k: (schema.GROUP, np.asarray(v, dtype=np.float64)) for k, v in coords.items()}
-        return xr.Dataset(data, attrs={"unit": json.dumps(dict(scalars), sort_keys=True)})
+        variables = {k: xr.Variable(dims, values) for k, (dims, values) in data.items()}
+        return Parts(variables, {"unit": json.dumps(dict(scalars), sort_keys=True)})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A unit that is not a Dataset yet: making one takes as long as a few layers of a small network."""
+
+    variables: dict[str, xr.Variable]
+    attrs: dict[str, str]
+
+    def dataset(self) -> xr.Dataset:
+        return xr.Dataset(self.variables, attrs=self.attrs)
+
+
+Unit = xr.Dataset | Parts
 
 
 def _joined(blocks: Sequence[tuple[float, dict[str, Array]]]) -> tuple[float, dict[str, Array]]:
@@ -160,16 +180,17 @@ def _error_over_blocks(sums: Array, weights: Array) -> Array:
 # ---- adding shards ----------------------------------------------------------------------------------------------
 
 
-def quantities(unit: xr.Dataset) -> list[str]:
+def quantities(unit: Unit) -> list[str]:
     """The quantities that a unit holds sums of."""
-    return [str(k)[: -len("_dev2")] for k in unit.data_vars if str(k).endswith("_dev2")]
+    return [str(k)[: -len("_dev2")] for k in unit.variables if str(k).endswith("_dev2")]
 
 
-def add_shards(shards: Sequence[xr.Dataset]) -> xr.Dataset:
+def add_shards(shards: Sequence[Unit]) -> Unit:
     """The unit of the union of the shards' batches. The order of the shards fixes the last bits: pass them sorted."""
-    first, *rest = shards
-    if not rest:
-        return first
+    if len(shards) == 1:
+        return shards[0]
+    datasets = [s.dataset() if isinstance(s, Parts) else s for s in shards]
+    first, *rest = datasets
     out = first.copy(deep=True)
     for shard in rest:
         w_sq = shard["weight_sq_sum"]
@@ -183,7 +204,7 @@ def add_shards(shards: Sequence[xr.Dataset]) -> xr.Dataset:
         for name in ("n_batches", "n_samples", "weight_sum", "weight_sq_sum"):
             out[name] = out[name] + shard[name]
     kept = [str(v) for v in first.data_vars if schema.BATCH in first[v].dims]
-    stacked = {v: xr.concat([s[v] for s in shards], schema.BATCH) for v in kept}
+    stacked = {v: xr.concat([s[v] for s in datasets], schema.BATCH) for v in kept}
     return out.drop_vars(kept).assign(stacked) if kept else out
 
 
@@ -195,7 +216,7 @@ def gap(reason: Mapping[str, str]) -> xr.Dataset:
     return xr.Dataset(attrs={"unit": json.dumps({"gap": dict(reason)}, sort_keys=True)})
 
 
-def gap_of(unit: xr.Dataset | None) -> dict[str, str] | None:
+def gap_of(unit: Unit | None) -> dict[str, str] | None:
     """The reason why there is no such unit; None of a unit that holds sums, or that is not there at all."""
     return None if unit is None else json.loads(unit.attrs["unit"]).get("gap")
 
@@ -206,9 +227,9 @@ def gap_of(unit: xr.Dataset | None) -> dict[str, str] | None:
 Row = dict[str, tuple[tuple[Any, ...], Array]]  # name -> (dims, values)
 
 
-def summary(unit: xr.Dataset, reduction: str = "mean") -> Row:
+def summary(unit: Unit, reduction: str = "mean") -> Row:
     """Name -> (dims, values): means, standard errors and blocks of one checkpoint, without labels."""
-    v = {str(k): unit.variables[k] for k in unit.variables}
+    v = {str(k): variable for k, variable in unit.variables.items()}
     totals = (int(v["n_batches"]), float(v["weight_sum"]), float(v["weight_sq_sum"]))
     row: Row = {}
     for k in quantities(unit):
@@ -230,7 +251,7 @@ def summary(unit: xr.Dataset, reduction: str = "mean") -> Row:
     return row
 
 
-def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dataset | None]) -> xr.Dataset:
+def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit | None]) -> xr.Dataset:
     """The Dataset that a plan asks for, from the units that exist; NaN where one is missing.
 
     Where one cannot exist (the last checkpoint has no next one) the coordinate ``gap`` says why; such a step has
@@ -274,7 +295,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], xr.Dat
 def _row(
     plan: Mapping[str, Any],
     step: Mapping[str, Any],
-    read: Callable[[Mapping[str, Any]], xr.Dataset | None],
+    read: Callable[[Mapping[str, Any]], Unit | None],
     all_facts: list[dict[str, Any]],
 ) -> Row:
     """One checkpoint; what its units say of themselves is added to ``all_facts``."""
