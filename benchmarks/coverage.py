@@ -15,7 +15,7 @@ An interval is estimate +- t se, with Student's t of (pieces - 1) degrees of fre
 batches for D1 and D2 with u fixed, and the kept blocks for whatever is computed from blocks. ``normal`` is the coverage
 with 1.96 in place of t. ``width`` is the median of the standard errors over the spread of the estimates (their standard
 deviation over the repeats), the median over the entries of a quantity. With ``--out NAME`` the table is written to
-NAME.md and every entry to the Dataset NAME.nc. The whole takes half an hour on one core, a minute of it for fixed.
+NAME.md and every entry to the Dataset NAME.nc. The whole takes about an hour on a core, a minute of it for fixed.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["fixed", "gradient", "gradient, conditional"])
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 40, 160, 480], help="checkpoints, with u fixed")
-    parser.add_argument("--gradient-steps", nargs="+", type=int, default=[0, 40], help="with u computed anew")
+    parser.add_argument("--gradient-steps", nargs="+", type=int, default=[0, 40, 480], help="with u computed anew")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--images", type=int, default=1000, help="for the parts where u is computed anew")
     parser.add_argument("--seed", type=int, default=0)
