@@ -83,7 +83,8 @@ def test_the_shipped_studies_build(path):
     assert problem.state(problem.fitted(run[-1])).shapes() == problem.state().shapes()
     assert not problem.model.training
     table = tomllib.loads(path.read_text())["summaries"]
-    pairs = [(d, p) for d in table.pop("directions") for p in table.pop("partitions")]
+    directions, partitions = table.pop("directions"), table.pop("partitions")
+    pairs = [(d, p) for d in directions for p in partitions]
     options = study.settings()
     assert [(o["direction"], o["partition"]) for o in options] == pairs
     assert all({k: o[k] for k in table} == table for o in options)
