@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import checkpoint as checkpointing
 
 from hoanalysis import losses
 from hoanalysis.checkpoints import Checkpoint, fit
@@ -117,6 +118,7 @@ class Problem:
         self.notes: list[str] = []
         #: What is worth computing once: graphs, fingerprints, self-checks. Keyed by whoever fills it.
         self.cache: dict[Any, Any] = {}
+        self._splittable: tuple[tuple, bool] | None = None
         self._rows_checked: int | None = None  # batches on which an inferred mean over rows was confirmed
         self._refuse_dropout()
         self._size = batch_size or self._inferred_size()
@@ -134,6 +136,7 @@ class Problem:
 
         Tensors of ``weights`` that the model does not have are ignored here: fitting a checkpoint is the loader's job.
         """
+        self._refuse_dropout()  # the model's mode may have changed since the last call
         selected, _ = describe_parameters(self.model, include_frozen)
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         weights = weights or {}
@@ -184,7 +187,7 @@ class Problem:
         buffers = {n: t.clone() for n, t in state.fixed.items()}
         swapped = {f"model.{n}": t for n, t in {**buffers, **parameters}.items()}
         device = next(iter(parameters.values())).device.type if parameters else "cpu"
-        with torch.enable_grad(), torch.autocast(device, enabled=False), _keep_random_state():
+        with torch.enable_grad(), torch.autocast(device, enabled=False), _keep_random_state(), without_checkpointing():
             value = functional_call(_Call(self.model, self._user_loss(state.dtype)), swapped, (batch,))
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -207,7 +210,12 @@ class Problem:
             )
         return w
 
-    @functools.cached_property
+    def settings(self) -> tuple:
+        """The modes, numbers, words and plain tensors that the model's modules keep as attributes: what was found out
+        about the model holds as long as these are the same."""
+        return tuple(tuple(_plain(m)) for m in self.model.modules())
+
+    @property
     def splittable(self) -> bool:
         """Whether batches may be computed in chunks of samples: the recombined loss equals the whole one.
 
@@ -215,8 +223,11 @@ class Problem:
         """
         if self._split is None and self.loss is None:
             return False
-        batch = self.first_batch()
-        return count_rows(batch) > 1 and self._recombines(batch)
+        settings = self.settings()
+        if self._splittable is None or self._splittable[0] != settings:
+            batch = self.first_batch()
+            self._splittable = settings, count_rows(batch) > 1 and self._recombines(batch)
+        return self._splittable[1]
 
     def _recombines(self, batch: Batch) -> bool:
         """Whether the loss of a batch is the weighted mean (or the sum) of the losses of its two parts."""
@@ -405,6 +416,41 @@ class Problem:
                 do="pass batch_size=lambda batch: the denominator of the batch's mean",
             )
         self._rows_checked = index + 1
+
+
+def _plain(module: nn.Module) -> Iterator[tuple]:
+    for name, value in vars(module).items():
+        if type(value) in (bool, int, float, str):
+            yield name, value
+        elif isinstance(value, Tensor):
+            yield name, id(value), value._version
+
+
+@contextlib.contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Within it, `torch.utils.checkpoint` keeps activations.
+
+    A checkpointed block is computed again in the backward pass, when the parameters that were swapped in are gone: its
+    gradients would be those of the model's own weights.
+    """
+
+    def once(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable, preserve: bool, *args: Any) -> Any:
+            return function(*args)
+
+    replaced = {"_checkpoint_without_reentrant_generator": once, "CheckpointFunction": Direct}
+    kept = {name: getattr(checkpointing, name) for name in replaced if hasattr(checkpointing, name)}
+    try:
+        for name in kept:
+            setattr(checkpointing, name, replaced[name])
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpointing, name, value)
 
 
 class _Call(nn.Module):

@@ -321,7 +321,8 @@ class Work:
         where = (checkpoint.sha256, str(checkpoint.path)) if isinstance(checkpoint, Checkpoint) else ""
         weights = digest({**state.parameters, **state.fixed})
         recipe = s.direction if isinstance(s.direction, str) else ""  # tensors and functions are never cached
-        return (weights, where, recipe, s.seed, s.max_batches, str(self.dtype), s.include_frozen)
+        model = weights, self.problem.settings()
+        return (*model, where, recipe, s.seed, s.max_batches, str(self.dtype), s.include_frozen)
 
     # ---- keys ---------------------------------------------------------------------------------------------------
 
@@ -409,7 +410,7 @@ class Work:
             self.problem.check_deterministic(state)
             self.problem.cache["deterministic"] = identity
         u = self.direction(state, checkpoint, run, progress, store, identity)
-        task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory)
+        task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory, identity)
         try:
             engine = engines.choose(task, s.engine, check_all=s.self_check)
             error, sums = self._run(engine, identity, progress)
@@ -424,7 +425,7 @@ class Work:
             "engine": engine.name,
             "engine_detail": "; ".join(dict.fromkeys(task.notes)),
             "self_check": error,
-            "suspect": bool(error > engines.tolerance(state)),
+            "suspect": s.self_check and engines.suspect(error, state),
             "torch_threads": torch.get_num_threads(),
             "direction": u.provenance,
         }

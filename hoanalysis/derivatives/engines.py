@@ -18,6 +18,7 @@ from hoanalysis.partitions import Partition
 from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
+DIAGONAL = 2  # entries of a diagonal that the self-check looks at, beside the largest
 PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
 BRANCHES = 8  # programs kept for one shape of batch, where the call depends on values
 
@@ -32,6 +33,7 @@ class Task:
     partition: Partition
     request: Request
     memory: int  # bytes
+    identity: Hashable = None  # of the weights and the model's settings
     notes: list[str] = field(default_factory=list)
 
 
@@ -92,7 +94,16 @@ class Nested(Engine):
 
     def chunk(self, batch: Batch) -> BatchDerivatives:
         t = self.task
-        return nested.derivatives(t.problem, t.state, t.direction, t.partition, batch, t.request)
+        try:
+            return nested.derivatives(t.problem, t.state, t.direction, t.partition, batch, t.request)
+        except (NotImplementedError, RuntimeError) as error:
+            if _out_of_memory(error):
+                raise
+            raise ModelError(
+                f"the model or loss failed while it was differentiated {t.request.highest} times",
+                why=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}",
+                do="use a lower order, or write what torch cannot differentiate in other operations",
+            ) from error
 
 
 class Tangents(Engine):
@@ -108,6 +119,7 @@ class Tangents(Engine):
     def __init__(self, task: Task, check_all: bool = True) -> None:
         super().__init__(task)
         self.check_all = check_all
+        self._settings = task.problem.settings()
         self.programs: dict[Hashable, list[Program]] = task.problem.cache.setdefault("programs", {})
         self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
 
@@ -142,7 +154,7 @@ class Tangents(Engine):
 
     def _program(self, batch: Batch) -> tuple[Hashable, Program]:
         t = self.task
-        key = capture_key(t.problem, t.state, batch)
+        key = capture_key(t.problem, t.state, batch, self._settings)
         if key not in self.programs:
             self.programs[key] = [capture(t.problem, t.state, batch)]
         return key, self.programs[key][0]
@@ -150,7 +162,7 @@ class Tangents(Engine):
     def chunk(self, batch: Batch) -> BatchDerivatives:
         t = self.task
         program, result = self._derivatives(batch)
-        once = (program, t.partition.fingerprint())
+        once = (program, t.partition.fingerprint(), t.identity)
         if self.check_all or once not in self._checked:
             program.check(t.problem, t.state, t.direction, t.partition, batch, result)
             self._checked.add(once)
@@ -176,13 +188,18 @@ class Tangents(Engine):
     def _run(self, program: Program, batch: Batch) -> BatchDerivatives:
         t = self.task
         try:
-            return program.derivatives(t.state, t.direction, t.partition, batch, t.request)
+            result = program.derivatives(t.state, t.direction, t.partition, batch, t.request)
         except (TangentsUnsupported, MemoryError):
             raise
         except Exception as error:  # the nested engine takes what a rule fails on, and says why
             if _out_of_memory(error):
                 raise
             raise TangentsUnsupported(f"a rule failed: {type(error).__name__}: {str(error)[:200]}") from error
+        if np.isfinite(result.loss):
+            for d, tensor in [*result.tensors.items(), *result.diagonals.items()]:
+                if not bool(torch.isfinite(tensor).all()):
+                    raise TangentsUnsupported(f"D{d} of the captured graph is not finite where the loss is")
+        return result
 
 
 def choose(task: Task, engine: str, check_all: bool = True) -> Engine:
@@ -226,11 +243,20 @@ def self_check(task: Task, engine: Engine, rows: int = PROBE, seed: int = 0) -> 
     t -> L(theta + t sum_s c_s U^s); the error is relative to the same sum with absolute values. Of a diagonal alone
     the largest entry is compared with the derivative along its own group.
     """
-    problem, state, partition = task.problem, task.state, task.partition
+    problem, state = task.problem, task.state
     batch = problem.cast(problem.first_batch(), state.dtype)
     if problem.splittable and count_rows(batch) > rows:
         batch = problem.take_rows(batch, 0, rows)
     result = engine.chunk(batch)
+    try:
+        return _compared(task, batch, result, seed)
+    except (NotImplementedError, RuntimeError) as error:
+        task.notes.append(f"no self-check: torch cannot differentiate this so often ({str(error)[:120]})")
+        return float("nan")
+
+
+def _compared(task: Task, batch: Batch, result: BatchDerivatives, seed: int) -> float:
+    problem, state, partition = task.problem, task.state, task.partition
     rng = np.random.default_rng(seed)
     c = torch.as_tensor(rng.uniform(0.5, 1.5, len(partition)) * rng.choice([-1.0, 1.0], len(partition)))
     errors = []
@@ -241,13 +267,19 @@ def self_check(task: Task, engine: Engine, rows: int = PROBE, seed: int = 0) -> 
     for d, diagonal in result.diagonals.items():
         if d in result.tensors:
             continue
-        s = int(diagonal.abs().argmax())
-        only = torch.zeros(len(partition), dtype=torch.float64)
-        only[s] = 1.0
-        _, terms = nested.taylor(problem, state, _scaled(task, only), batch, d)
-        size = float(diagonal[s].abs())
-        errors.append(abs(float(diagonal[s]) - terms[d - 1]) / size if size else abs(terms[d - 1]))
-    return max(errors)
+        largest = int(diagonal.abs().argmax())
+        for s in {largest, *rng.choice(len(partition), min(DIAGONAL, len(partition)), replace=False).tolist()}:
+            only = torch.zeros(len(partition), dtype=torch.float64)
+            only[s] = 1.0
+            _, terms = nested.taylor(problem, state, _scaled(task, only), batch, d)
+            size = float(diagonal[largest].abs())
+            errors.append(abs(float(diagonal[s]) - terms[d - 1]) / size if size else abs(terms[d - 1]))
+    return max(errors) if np.isfinite(errors).all() else float("inf")
+
+
+def suspect(error: float, state: State) -> bool:
+    """Whether a self-check found numbers that differ, or are none; one that could not be made does not tell."""
+    return bool(error > tolerance(state))
 
 
 def tolerance(state: State) -> float:

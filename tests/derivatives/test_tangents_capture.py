@@ -141,6 +141,13 @@ SEEN = {
     "copies and writes": copied_first,
     "scatter, index_put": placed,
     "topk, sort, median": picked,
+    "kthvalue, mode": lambda x: x.sin() * x.kthvalue(2).values[:, None] + x.round().mode().values[:, None] * x,
+    "maximum, minimum": lambda x: torch.maximum(x.sin(), x.flip(0)) * torch.minimum(x, x.detach()),
+    "clamp between": lambda x: x.sin().clamp(min=x.flip(0) - 0.2, max=x.flip(1) + 0.2) * x,
+    "filled with a number": lambda x: x.sin().masked_fill(x > 0.2, x.mean()) * x,
+    "pad": lambda x: F.pad(x.sin(), (1, 2), value=1.5)[:, 1:5] * F.pad(x, (0, 1), value=1.0)[:, 4:],
+    "prod": lambda x: x * (F.relu(x).prod(1, keepdim=True) + x[:, :3].prod()),
+    "cumprod": lambda x: torch.cumprod(F.relu(x) * x.sin(), 1) + F.relu(x[:5]).cumprod(0).sum(0),
     "rotary": rotated,
     "complex": squared_in_the_plane,
     "softmax in another dtype": lambda x: (

@@ -448,11 +448,13 @@ def stable_sort(b: Any, x: Any, *, stable: bool | None = None, dim: int = -1, de
 
 
 def _chosen(op: Callable) -> Callable:
-    def choose(b: Any, x: Any, *args: Any) -> Any:
-        """The entry at the index that the op finds, along the axis that is its last number."""
-        numbers = [a for a in args if not isinstance(a, bool)]
-        axis, keepdim = numbers[-1], args[-1] is True
-        index = b.fixed(op, x, *args)[1]
+    names = [a.name for a in op._schema.arguments]  # type: ignore[attr-defined]
+
+    def choose(b: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The entry at the index that the op finds."""
+        given = {"dim": -1, "keepdim": False, **dict(zip(names[1:], args, strict=False)), **kwargs}
+        axis, keepdim = given["dim"], given["keepdim"]
+        index = b.fixed(op, x, *(given[n] for n in names[1:]))[1]
         at = index if keepdim else b(aten.unsqueeze.default, index, axis)
         value = b(aten.gather.default, x, axis, at)
         return (value if keepdim else b(aten.squeeze.dim, value, axis)), index
@@ -462,6 +464,81 @@ def _chosen(op: Callable) -> Callable:
 
 for _op in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default):
     decomposition(_op)(_chosen(_op))
+
+
+@decomposition(aten.maximum.default)
+def maximum(b: Any, x: Any, y: Any) -> Any:
+    """The larger; where both are, half of each, as torch differentiates it."""
+    return _either(b, x, y, aten.gt.Tensor)
+
+
+@decomposition(aten.minimum.default)
+def minimum(b: Any, x: Any, y: Any) -> Any:
+    return _either(b, x, y, aten.lt.Tensor)
+
+
+def _either(b: Any, x: Any, y: Any, before: Callable) -> Any:
+    p, q = b(aten.detach.default, x), b(aten.detach.default, y)
+    half = b(aten.mul.Scalar, b(aten.add.Tensor, x, y), 0.5)
+    rest = b(aten.where.self, b(before, q, p), y, half)
+    return b(aten.where.self, b(before, p, q), x, rest)
+
+
+@decomposition(aten.clamp.Tensor)
+def clamp(b: Any, x: Any, low: Any = None, high: Any = None) -> Any:
+    """With bounds that are differentiated themselves; None where they are fixed."""
+    if not (b.is_live(low) or b.is_live(high)):
+        return None
+    if low is not None:
+        x = b(aten.where.self, b(aten.lt.Tensor, b(aten.detach.default, x), b(aten.detach.default, low)), low, x)
+    if high is not None:
+        x = b(aten.where.self, b(aten.gt.Tensor, b(aten.detach.default, x), b(aten.detach.default, high)), high, x)
+    return x
+
+
+@decomposition(aten.masked_fill.Tensor)
+def masked_fill(b: Any, x: Any, mask: Any, value: Any) -> Any:
+    """With a value that is differentiated itself; None where it is fixed."""
+    return b(aten.where.self, mask, value, x) if b.is_live(value) else None
+
+
+@decomposition(aten.prod.default)
+def prod(b: Any, x: Any, *, dtype: torch.dtype | None = None) -> Any:
+    x = x if dtype is None else b(aten._to_copy.default, x, dtype=dtype)
+    return prod_along(b, b(aten.reshape.default, x, [-1]), 0)
+
+
+@decomposition(aten.prod.dim_int)
+def prod_along(b: Any, x: Any, axis: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    """Halves times halves: right at zeros as well, where torch's own second derivatives are not."""
+    x = x if dtype is None else b(aten._to_copy.default, x, dtype=dtype)
+    while (n := _shape(b, x)[axis]) > 1:
+        halves = [b(aten.slice.Tensor, x, axis, i * (n // 2), (i + 1) * (n // 2)) for i in (0, 1)]
+        pairs = b(aten.mul.Tensor, *halves)
+        x = b(aten.cat.default, [pairs, b(aten.slice.Tensor, x, axis, n - 1, n)], axis) if n % 2 else pairs
+    if not _shape(b, x)[axis]:
+        return None
+    return x if keepdim else b(aten.squeeze.dim, x, axis)
+
+
+@decomposition(aten.cumprod.default)
+def cumprod(b: Any, x: Any, axis: int, *, dtype: torch.dtype | None = None) -> Any:
+    """Each entry times the one 1, 2, 4, .. places before it."""
+    x = x if dtype is None else b(aten._to_copy.default, x, dtype=dtype)
+    n, step = _shape(b, x)[axis], 1
+    while step < n:
+        first, last = b(aten.slice.Tensor, x, axis, 0, step), b(aten.slice.Tensor, x, axis, step, n)
+        before = b(aten.slice.Tensor, x, axis, 0, n - step)
+        x, step = b(aten.cat.default, [first, b(aten.mul.Tensor, last, before)], axis), 2 * step
+    return x
+
+
+@decomposition(aten.embedding.default)
+def embedding(b: Any, weight: Any, index: Any, padding: int = -1, by_frequency: bool = False, *_: Any) -> Any:
+    """None: it has a rule."""
+    if by_frequency:
+        raise TangentsUnsupported("an embedding whose gradient is scaled by frequency")
+    return None
 
 
 @decomposition(aten.stack.default)

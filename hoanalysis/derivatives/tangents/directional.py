@@ -127,6 +127,11 @@ def _jointly_linear(at: _At, dots: Dots) -> Ref:
     return at.with_operands({**{k: at.zeros(x) for k, x in others.items()}, **dots})
 
 
+@_of(linear.Pad)
+def _pad(at: _At, dots: Dots) -> Ref:
+    return at.b(aten.constant_pad_nd.default, dots[0], at.args[1])
+
+
 @_of(linear.MaskedFill)
 def _masked_fill(at: _At, dots: Dots) -> Ref:
     return at.b(aten.masked_fill.Scalar, at.filled(dots[0]), at.args[1], 0)

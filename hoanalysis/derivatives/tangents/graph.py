@@ -95,6 +95,7 @@ class Graph:
             assert n.rule is not None
             n.curved = n.rule.is_curved(frozenset(n.sources))
             n.needs_adjoint = n.curved or any(self.nodes[i].needs_adjoint for i in n.sources.values())
+        self.last_use[self.output] = len(self.nodes)  # whatever reads the loss
         for n in reversed(self.nodes):
             for i in n.sources.values():
                 self.nodes[i].feeds_curved |= n.curved or n.feeds_curved

@@ -59,7 +59,6 @@ rule(
     aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
-    aten.constant_pad_nd.default,
     aten.cumsum.default,
     aten.flip.default,
     aten.roll.default,
@@ -75,6 +74,14 @@ rule(
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 )(Linear)
+
+
+@rule(aten.constant_pad_nd.default)
+class Pad(Linear):
+    """A border of a fixed number: of zeros, for the tangents."""
+
+    def _at(self, key: Key, x: Tensor) -> Tensor:
+        return self.op(x, self.args[1])
 
 
 class Placed(Linear):
@@ -346,16 +353,17 @@ class Embedding(Linear):
     """Rows of a table. The scaling of gradients by frequency is an optimizer's matter and refused at capture."""
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
-        return stack[:, self.args[1]]
+        return self._seen(stack[:, self.args[1]])
+
+    def _seen(self, stack: Tensor) -> Tensor:
+        """Without the padding row: torch gives it no gradient, although the forward pass reads it."""
+        padding = self.args[2] if len(self.args) > 2 else -1
+        return stack * (self.args[1] != padding).to(stack.dtype)[..., None] if padding >= 0 else stack
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         k, width = len(stack), stack.shape[-1]
-        index = self.args[1].reshape(-1)
-        padding = self.args[2] if len(self.args) > 2 else -1
-        flat = stack.reshape(k, -1, width)
-        if padding >= 0:  # torch gives the padding row no gradient, although the forward pass reads it
-            flat = flat * (index != padding).to(flat.dtype)[:, None]
-        return stack.new_zeros(k, *self.args[0].shape).index_add_(1, index, flat)
+        flat = self._seen(stack).reshape(k, -1, width)
+        return stack.new_zeros(k, *self.args[0].shape).index_add_(1, self.args[1].reshape(-1), flat)
 
 
 @rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)
