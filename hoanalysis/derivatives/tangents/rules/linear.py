@@ -395,7 +395,8 @@ def _in_quarters(x: Tensor, options: tuple, kwargs: dict[str, Any]) -> bool:
     kernel, stride, *others = given
     sizes = [list(s) if isinstance(s, (list, tuple)) else [s, s] for s in (kernel, stride or kernel)]
     plain = sizes == [[2, 2], [2, 2]] and others in ([[0, 0], [1, 1], False], [0, 1, False])
-    return plain and not kwargs and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    even = x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    return plain and not kwargs and even and x.shape[-1] < 2**15
 
 
 def _largest_of_four(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,9 +405,9 @@ def _largest_of_four(x: Tensor) -> tuple[Tensor, Tensor]:
     a, b, c, d = (x[..., i::2, j::2].contiguous() for i in (0, 1) for j in (0, 1))
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
     low = bottom > top
-    index = low.to(torch.int64).mul_(width).add_(torch.where(low, d > c, b > a))
+    within = low.to(torch.int16).mul_(width).add_(torch.where(low, d > c, b > a))
     corner = torch.arange(0, x.shape[-2], 2)[:, None] * width + torch.arange(0, width, 2)
-    return torch.maximum(top, bottom), index.add_(corner.to(x.device))
+    return torch.maximum(top, bottom), corner.to(x.device) + within
 
 
 @rule(aten.max_pool2d.default)
