@@ -20,6 +20,7 @@ from hoanalysis.problem import Batch, Problem, State, count_rows
 ENGINES = ("auto", "tangents", "nested")
 DIAGONAL = 2  # entries of a diagonal that the self-check looks at, beside the largest
 PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
+RESERVE = 1.3  # measured peak over prediction: gaps in the heap that is kept, and what kernels take for themselves
 BRANCHES = 8  # programs kept for one shape of batch, where the call depends on values
 
 
@@ -128,7 +129,7 @@ class Tangents(Engine):
         t, rows = self.task, count_rows(batch)
         if rows <= PROBE or not t.problem.splittable:
             return rows
-        each = self._cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
+        each = RESERVE * self._cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
         fits = max(1, int(t.memory / each)) if each else rows
         if fits < rows:
             t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
