@@ -320,7 +320,8 @@ def _quality(ds: xr.Dataset, labels: list, done: list[int]) -> str:
     told = [p for p in parts if p]
     if not told:
         return "The Dataset holds no standard errors and no self-check: the quality of these numbers is unknown."
-    return f"Quality: {'; '.join(told)}. Standard errors are conditional on the direction."
+    errors = str(ds.attrs.get("standard_errors", "conditional on the direction"))
+    return f"Quality: {'; '.join(told)}. Standard errors are {errors}."
 
 
 def _median_error(ds: xr.Dataset, name: str) -> str:

@@ -169,3 +169,10 @@ def test_the_steps_of_a_series_that_is_not_computed_are_not_judged(broken):
     assert findings(empty) == ["None of 21 checkpoints is computed yet."]
     first = broken["to:next"].drop_vars(["D2", "D2_se", "D2_batch", "D3", "D3_se", "D3_batch"])
     assert findings(first)
+
+
+def test_findings_say_what_the_errors_are_conditional_on():
+    ds = example()
+    assert "Standard errors are conditional on the direction." in ds.ho.findings()[-1]
+    told = ds.assign_attrs(standard_errors="unconditional: with the influence of the data through the gradient")
+    assert "Standard errors are unconditional: with the influence" in told.ho.findings()[-1]
