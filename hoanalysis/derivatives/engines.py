@@ -19,6 +19,7 @@ from hoanalysis.problem import Batch, Problem, State, count_rows
 
 ENGINES = ("auto", "tangents", "nested")
 DIAGONAL = 2  # entries of a diagonal that the self-check looks at, beside the largest
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # as torch and its libraries say it
 PROBE = 16  # samples of the self-check, and of the program that memory is predicted from
 RESERVE = 1.3  # measured peak over prediction: gaps in the heap that is kept, and what kernels take for themselves
 BRANCHES = 8  # programs kept for one shape of batch, where the call depends on values
@@ -324,4 +325,4 @@ def _contracted(tensor: Tensor, c: Tensor) -> float:
 
 def _out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)

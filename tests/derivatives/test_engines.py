@@ -164,7 +164,8 @@ def test_chunks_add_up_to_the_whole(engine: str, monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(cut[name], whole[name], rtol=1e-10, atol=1e-13)
 
 
-def test_out_of_memory_halves_the_chunk_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["not enough memory", "can't allocate memory: you tried to allocate 9 bytes"])
+def test_out_of_memory_halves_the_chunk_and_says_so(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
@@ -175,7 +176,7 @@ def test_out_of_memory_halves_the_chunk_and_says_so(monkeypatch: pytest.MonkeyPa
 
     def small_machine(self, batch):
         if len(batch[0]) > 5:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+            raise RuntimeError(f"[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: {words}")
         return chunk(self, batch)
 
     monkeypatch.setattr(engines.Nested, "chunk", small_machine)
