@@ -34,7 +34,8 @@ def advice(one: xr.Dataset, regularization: Regularization, epsilon: float) -> s
     if regularization in ("r", "cubic"):
         zero = names[groups.used & (_r(one) == 0)]
         lines.append(zero_r(list(zero)) if len(zero) else "")
-    return "\n".join(filter(None, lines)) or OK
+    found = "\n".join(filter(None, lines))
+    return found or (OK if regularization is None else OK.replace("H-bar", "the regularized H-bar"))
 
 
 HARD = (

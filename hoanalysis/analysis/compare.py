@@ -18,8 +18,18 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, Blocks, Tensors, error_attrs, kept_blocks, step_labels, tensor, tensors
-from hoanalysis.analysis.errorbars import jackknife, standard_error
+from hoanalysis.analysis.arrays import (
+    Array,
+    Blocks,
+    Tensors,
+    error_attrs,
+    kept_blocks,
+    require,
+    step_labels,
+    tensor,
+    tensors,
+)
+from hoanalysis.analysis.errorbars import jackknife, moves_with_the_data, standard_error
 from hoanalysis.analysis.matching import Indices, Pair, common_groups, comparable, pairs_of, provenance, same_data
 from hoanalysis.analysis.quantities import Quantity, quantities
 from hoanalysis.errors import ArgumentError, listed
@@ -56,6 +66,8 @@ def compare(ds: xr.Dataset, other: xr.Dataset, step: Any = None, *, paired: bool
         They are along different directions, have no group or no step in common, or ``step`` is in neither.
     """
     comparable(ds, other)
+    for one in (ds, other):
+        require(one, *[d for d in map(schema.derivative, schema.orders(one))])
     pairs, lead = pairs_of(ds, other, step)
     common = common_groups(ds, other)
     orders = sorted({*schema.orders(ds)} & {*schema.orders(other)})
@@ -162,6 +174,11 @@ def _attrs(ds: xr.Dataset, other: xr.Dataset, ways: set[str]) -> dict[str, str]:
 def _status(result: xr.Dataset, ds: xr.Dataset, other: xr.Dataset) -> str:
     lines = [_unmatched(result, "a"), _unmatched(result, "b"), _steps(result, ds, other), _sizes(ds, other)]
     lines.append(_random(ds, other))
+    if any(moves_with_the_data(one) for one in (ds, other)) and not same_data(ds, other):
+        lines.append(
+            "errors too small: u is the gradient of the data, and the errors leave out what the data do through it, so "
+            "that far more entries differ by chance than the counts below say. Summarize with errors='unconditional'."
+        )
     if INDEPENDENT in result.attrs["errors"] and same_data(ds, other):
         lines.append(
             "not paired: both are of the same data, but not all of their blocks were kept alike, so that errors are "

@@ -16,6 +16,12 @@ from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array, Blocks, Tensors, kept_blocks, tensors
 
 
+def moves_with_the_data(ds: xr.Dataset) -> bool:
+    """Whether u is the gradient of the same data and the errors do not count it: they are too small then."""
+    unconditional = str(ds.attrs.get("standard_errors", "")).startswith("unconditional")
+    return ds.attrs.get("direction") == "gradient" and not unconditional
+
+
 def error_of_mean(means: Array, weight: Array) -> Array:
     """sqrt( n/(n-1) sum_b w_b^2 (x_b - x)^2 / (sum_b w_b)^2 ), x the weighted mean.
 

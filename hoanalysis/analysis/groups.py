@@ -61,15 +61,21 @@ def system(one: xr.Dataset) -> System:
     norm = np.asarray(one["direction_norm"].values, float) if "direction_norm" in one.coords else np.ones(len(t["D1"]))
     diagonal = np.diagonal(t["D2"])
     missing = ~(np.isfinite(t["D1"]) & np.isfinite(diagonal))
-    null = ~missing & _without_effect(t["D1"], diagonal, norm, min(TOLERANCE * rounding(one), 1e-2))
+    tolerance = min(TOLERANCE * rounding(one), 1e-2)
+    null = ~missing & _without_effect(t["D1"], t["D2"], norm, tolerance)
     scale = _scales(np.where(np.isfinite(t["D2"]), t["D2"], 0.0), ~(missing | null))
     return System(null, ~(missing | null) & (scale == 0), missing, scale)
 
 
-def _without_effect(d1: Array, diagonal: Array, norm: Array, tolerance: float) -> Array:
-    """Both the slope and the curvature along U^s/|U^s| are rounding noise beside those of the other groups."""
+def _without_effect(d1: Array, d2: Array, norm: Array, tolerance: float) -> Array:
+    """The slope along U^s/|U^s| and its whole row of D2 are rounding noise beside those of the other groups.
+
+    The diagonal alone does not tell: a factor of a product whose other factor is 0 acts with it, and not alone.
+    """
     unit = np.where(norm > 0, norm, 1.0)
-    slope, curvature = np.abs(d1) / unit, np.abs(diagonal) / unit**2
+    slope, size = np.abs(d1) / unit, np.abs(d2) / np.outer(unit, unit)
+    row = np.nanmax(np.where(np.isfinite(size), size, 0.0), axis=1, initial=0.0)
+    curvature = np.where(np.isfinite(np.diagonal(size)), row, np.nan)
     small_slope = slope <= tolerance * np.sqrt(np.nansum(slope**2))
     small_curvature = curvature <= tolerance * np.nanmax(curvature, initial=0.0)
     return (small_slope & small_curvature) | (norm == 0)
@@ -85,8 +91,8 @@ def _scales(d2: Array, candidates: Array) -> Array:
 
 
 def null_groups(ds: xr.Dataset) -> xr.DataArray:
-    """Whether each group is null, shape (S,): |D1_s|/|U^s| <= k eps |(D1_t/|U^t|)_t| and
-    |D2_ss|/|U^s|^2 <= k eps max_t |D2_tt|/|U^t|^2, with k = 32 and eps of the dtype that computed the summaries."""
+    """Whether each group is null, shape (S,): |D1_s|/|U^s| <= k eps |(D1_t/|U^t|)_t| and, for every t,
+    |D2_st|/|U^s||U^t| <= k eps max_rt |D2_rt|/|U^r||U^t|, with k = 32 and eps of the dtype of the computation."""
     require(ds, "D1", "D2")
     null = over_checkpoints(ds, lambda one: system(one).null)
     return labelled(ds, null, ("group",), "null_groups", "group without effect on the loss", "")

@@ -16,6 +16,8 @@ that misses, in numbers that rescaling groups does not change (R the correlation
 MacKay 1992; Daxberger et al. 2021; design: the section on Laplace.
 """
 
+import json
+
 import numpy as np
 import xarray as xr
 
@@ -36,7 +38,9 @@ def laplace(ds: xr.Dataset, prior_precision: float = 1.0, n_samples: float | Non
         tau > 0, in 1/parameter^2.
     n_samples
         N; by default the number of samples that the summaries were computed on. Give the size of the training set where
-        the summaries use a part of it.
+        the summaries use a part of it, and the number of tokens where the loss is a mean over tokens: N D2 has to be
+        the second derivative of the whole negative log-likelihood. Of a loss that is a sum over the data it is already,
+        and N becomes ``n_samples`` over the samples that were summed.
 
     Returns
     -------
@@ -93,7 +97,8 @@ def _samples(ds: xr.Dataset, given: float | None) -> float:
     n = float(ds.attrs["n_samples"] if given is None else given)
     if not n > 0:
         raise ArgumentError(f"n_samples must be positive, not {given!r}")
-    return n
+    summed = json.loads(ds.attrs.get("provenance") or "{}").get("reduction") == "sum"
+    return n / float(ds.attrs["n_samples"]) if summed else n
 
 
 def precision(one: xr.Dataset, d2: Array, n: float, tau: float) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
+from hoanalysis.analysis.arrays import require
 from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.errors import ArgumentError, listed, nearest
 
@@ -44,7 +45,10 @@ def merge(ds: xr.Dataset, by: By) -> xr.Dataset:
     ------
     ArgumentError
         ``by`` names an unknown group, a group twice, or a new label that an untouched group already has.
+    SchemaError
+        The groups along ``group2``, .. are not those along ``group``: one was selected without the others.
     """
+    require(ds, *[str(name) for name, array in ds.data_vars.items() if _dims(array)])
     groups = groups_of(ds, by)
     if all(len(members) == 1 for members in groups.values()):
         return _relabelled(ds, groups)
