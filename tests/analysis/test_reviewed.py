@@ -39,9 +39,9 @@ def test_a_group_that_does_not_act_with_any_other_is_null():
 def test_merging_and_comparing_refuse_half_a_selection(select):
     whole = example(layers=3)
     part = whole.isel(select)
-    with pytest.raises(SchemaError, match="are not those (along|of) 'group'"):
+    with pytest.raises(SchemaError, match=r"are not those (along|of) 'group'"):
         part.ho.merge("layer")
-    with pytest.raises(SchemaError, match="are not those (along|of) 'group'"):
+    with pytest.raises(SchemaError, match=r"are not those (along|of) 'group'"):
         whole.ho.compare(part)
 
 
