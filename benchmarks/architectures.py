@@ -321,7 +321,9 @@ def main() -> None:
         if arguments.rows:
             with arguments.rows.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-    arguments.out.write_text(page(found))
+    late = sorted(set(_TASKS) - {row["model"] for row in found})
+    told = f"Not reached: {', '.join(n.removeprefix('transformers: ') for n in late)}.\n" if late else ""
+    arguments.out.write_text(page(found) + told)
     wrong = [r["model"] for r in found if verdict(r) == "WRONG"]
     if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")
