@@ -24,7 +24,6 @@ from hoanalysis.analysis.arrays import (
     Tensors,
     error_attrs,
     kept_blocks,
-    require,
     step_labels,
     tensor,
     tensors,
@@ -66,8 +65,6 @@ def compare(ds: xr.Dataset, other: xr.Dataset, step: Any = None, *, paired: bool
         They are along different directions, have no group or no step in common, or ``step`` is in neither.
     """
     comparable(ds, other)
-    for one in (ds, other):
-        require(one, *[d for d in map(schema.derivative, schema.orders(one))])
     pairs, lead = pairs_of(ds, other, step)
     common = common_groups(ds, other)
     orders = sorted({*schema.orders(ds)} & {*schema.orders(other)})

@@ -20,7 +20,7 @@ from hoanalysis import schema
 from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, labelled, over_checkpoints, require, tensor, tensors
 from hoanalysis.analysis.errorbars import standard_error, why_none
 from hoanalysis.analysis.groups import system
-from hoanalysis.analysis.pruning import needs_weights
+from hoanalysis.analysis.pruning import SCALE_INVARIANT, ZERO, needs_weights, without_scale
 from hoanalysis.errors import listed
 
 TOTALS = {
@@ -83,11 +83,11 @@ def _status(one: xr.Dataset) -> str:
     if groups.missing.all():
         return "not computed: D1 and D2 of this checkpoint are missing."
     lines = []
-    if groups.null.any():
-        lines.append(
-            f"scale-invariant: the loss does not depend on the scale of {listed(names[groups.null])} (weights before a "
-            f"norm, or without effect), so that nothing here says how flat it is along them."
-        )
+    scaled, zero = without_scale(one, groups)
+    if scaled:
+        lines.append(f"{SCALE_INVARIANT.format(scaled)}, so that nothing here says how flat it is along them.")
+    if zero:
+        lines.append(f"{ZERO.format(zero)}: they have no scale.")
     slope, curve = (np.abs(tensor(one, "D1")), np.abs(np.diagonal(tensor(one, "D2"))))
     if np.nansum(slope) > np.nansum(curve):
         lines.append(

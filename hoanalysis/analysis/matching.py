@@ -21,7 +21,8 @@ def comparable(ds: xr.Dataset, other: xr.Dataset) -> None:
             f"compare needs another Dataset of summaries, not {type(other).__name__}",
             do="open it with ho.open_dataset(path)",
         )
-    schema.validate(other)
+    for one in (ds, other):
+        schema.validate(one)
     mine, theirs = (str(d.attrs.get("direction", "unknown")) for d in (ds, other))
     if mine != theirs:
         raise ArgumentError(

@@ -143,17 +143,32 @@ def _with_error(one: xr.Dataset, name: str) -> Array:
     return np.stack([function(tensors(one, NAMES)), standard_error(one, NAMES, function)])
 
 
+SCALE_INVARIANT = (
+    "scale-invariant: the loss does not depend on the scale of {} (weights before a norm, or without effect)"
+)
+ZERO = "zero weights: all entries of {} are 0"
+
+
+def without_scale(one: xr.Dataset, groups: System) -> tuple[str, str]:
+    """The groups along whose weights nothing happens, as words: those that have weights, and those that are 0."""
+    names = np.array(schema.labels(one), dtype=object)
+    norm = np.asarray(one["direction_norm"].values, float) if "direction_norm" in one.coords else np.ones(len(names))
+    return tuple(listed(names[groups.null & m]) if (groups.null & m).any() else "" for m in (norm > 0, norm == 0))  # type: ignore[return-value]
+
+
 def _status(one: xr.Dataset) -> str:
     groups, names = system(one), np.array(schema.labels(one), dtype=object)
     if groups.missing.all():
         return "not computed: D1 and D2 of this checkpoint are missing."
     lines = []
-    if groups.null.any():
+    scaled, zero = without_scale(one, groups)
+    if scaled:
         lines.append(
-            f"scale-invariant: the loss does not depend on the scale of {listed(names[groups.null])} (weights before a "
-            f"norm, or without effect); their score is 0 whether or not they matter. Measure the loss with them "
-            f"removed."
+            f"{SCALE_INVARIANT.format(scaled)}; their score is 0 whether or not they matter. Measure the loss with "
+            f"them removed."
         )
+    if zero:
+        lines.append(f"{ZERO.format(zero)}: there is nothing to remove.")
     if np.isnan(obs(tensors(one, NAMES), groups)[groups.used]).any():
         lines.append(
             "no minimum: without some group the loss has no minimum along the scales of the others (D2 is not positive "

@@ -291,7 +291,7 @@ def _ways(ds: xr.Dataset, broke: Break | None) -> list[Suspect]:
         f"From step {broke.step} to {broke.to_step} the first order adds {first:+.3g} of the {climb:+.3g} by which the "
         f"loss climbed, uphill in {int((slopes > 0).sum())} of {len(slopes)} groups"
     )
-    text += f": the steps follow other data or labels than these. {CLEARED}" if data else "."
+    text += ": the steps follow other data or labels than these." if data else "."
     guilty, how = _overshoot(ds, broke)
     beyond = (climb - first) / (HALF * climb)
     return [
@@ -364,6 +364,7 @@ def _told_apart(ways: list[Suspect], paces: list[Suspect]) -> list[Suspect]:
     return ways + ([_earliest(paces)] if paces else [])
 
 
+SOUND = "No step broke the run, and its steps show no fault."
 CLEARED = "No learning rate is to blame."
 UNREAD = (
     "Learning rates and momentum were not read from its steps: that takes the gradient, and single steps of one rate."
@@ -381,14 +382,15 @@ def verdict(ranking: pd.DataFrame, broke: Break | None, log: pd.DataFrame | None
             f"The run broke at step {broke.step}: the loss climbed from {broke.before:.3g} to {broke.after:.3g} at "
             f"step {broke.to_step}.{_changed(broke, log)}"
         )
-    alarms = list(ranking.loc[ranking["alarm"], "statement"])
-    if broke is not None and not alarms:
-        alarms = list(ranking.loc[ranking["kind"].isin(("data", "overshoot")), "statement"])
     read = "momentum" in set(ranking["kind"])
-    said += [a if read else a.replace(CLEARED, UNREAD) for a in alarms]
-    if said:
-        return said
-    return ["No step broke the run, and its steps show no fault." if read else f"No step broke the run. {UNREAD}"]
+    alarms = ranking[ranking["alarm"]]
+    said += [
+        f"{row.statement} {CLEARED if read else UNREAD}" if row.kind == "data" else str(row.statement)
+        for row in alarms.itertuples()
+    ]
+    if broke is not None and alarms.empty:
+        said += list(ranking.loc[ranking["kind"].isin(("data", "overshoot")), "statement"])
+    return said or [f"No step broke the run. {UNREAD}" if not read else SOUND]
 
 
 def _changed(broke: Break, log: pd.DataFrame | None) -> str:

@@ -112,8 +112,9 @@ class Tangents(Engine):
     """Captured programs, kept with the problem: one for each shape of batch and, where the call depends on values, for
     each of the latest `BRANCHES` branches.
 
-    The first batch of each program and state is compared with eager PyTorch (its loss, and D1 with the eager gradient
-    contracted with u), every batch where ``check_all`` is set; a difference raises `TangentsUnsupported`.
+    The first batch of each program, at each checkpoint and setting of the model, is compared with eager PyTorch (its
+    loss, and D1 with the eager gradient contracted with u), every batch where ``check_all`` is set; a difference
+    raises `TangentsUnsupported`, as do a rule that fails and derivatives that are not finite where the loss is.
     """
 
     name = "tangents"

@@ -21,9 +21,11 @@ def loss(ds: xr.Dataset, ax: Axes | None = None, *, log: pd.DataFrame | None = N
     frame = frames.losses(ds)
     _line(ax, frame["step"], frame["value"], frame["se"], 0, "summaries")
     log = pd.DataFrame() if log is None else log
-    for k, column in enumerate([c for c in log.columns if "loss" in str(c)], 1):
+    columns = [c for c in log.columns if "loss" in str(c)]
+    for k, column in enumerate(columns, 1):
         ax.plot(log["step"], log[column], color=style.PALETTE[k], lw=1, ls="--", label=style.text(f"log: {column}"))
-    style.signed_axis(ax, "y", frame["value"].to_numpy(float))
+    logged = log[columns].to_numpy(float).ravel() if columns else np.empty(0)
+    style.signed_axis(ax, "y", np.concatenate([frame["value"].to_numpy(float), logged]))
     return _finish(ax, "loss [loss]", "Loss", frame)
 
 

@@ -29,7 +29,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; marg
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
 img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
-td, th { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5;
+td, th { padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5;
 text-align: right; } th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
 li, h1, h2, pre { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; max-width: 24em; }
 .long { max-height: 12em; overflow-y: auto; }

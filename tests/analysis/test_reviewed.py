@@ -43,6 +43,19 @@ def test_merging_and_comparing_refuse_half_a_selection(select):
         part.ho.merge("layer")
     with pytest.raises(SchemaError, match=r"are not those (along|of) 'group'"):
         whole.ho.compare(part)
+    with pytest.raises(SchemaError, match=r"are not those (along|of) 'group'"):
+        part.ho.compare(whole)
+
+
+def test_zero_weights_are_not_called_scale_invariant():
+    """A bias that starts at 0 has nothing to remove; weights before a norm have."""
+    ds = two_groups([0.0, 1.0], [[0.0, 0.0], [0.0, 2.0]]).assign_attrs(direction="weights")
+    first = str(ds.group.values[0])
+    assert f"scale-invariant: the loss does not depend on the scale of {first!r}" in ds.ho.saliency().status.item()
+    zero = ds.assign_coords(direction_norm=("group", np.array([0.0, 1.0])))
+    for said in (zero.ho.saliency().status.item(), zero.ho.flatness().status.item()):
+        assert f"zero weights: all entries of {first!r} are 0" in said
+        assert "scale-invariant" not in said
 
 
 def test_laplace_of_a_loss_that_is_a_sum():

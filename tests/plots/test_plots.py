@@ -212,3 +212,13 @@ def test_labels_become_plain_text_and_stay_apart():
     assert shown[0] == r"a\$b\$"
     assert not shown[1].startswith("_")
     assert all(len(s) <= 50 and s.isprintable() for s in shown)
+
+
+def test_the_loss_of_the_log_is_not_cut_off():
+    """A training loss far below that on the data of the report."""
+    ds = example(steps=4)
+    ds["loss"].values[...] = [2.0, 1.0, 0.1, 0.02]
+    log = pd.DataFrame({"step": ds.step.values, "loss": 1e-3 * ds.loss.values, "learning_rate": 0.1})
+    low, high = plots.loss(ds, log=log).get_ylim()
+    assert low < log["loss"].min()
+    assert high > ds.loss.max()

@@ -24,6 +24,7 @@ from hoanalysis.derivatives.tangents.capture import Builder
 from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, Ref, TangentsUnsupported, flatten_inputs, substitute
 from hoanalysis.derivatives.tangents.groups import Sums
 from hoanalysis.derivatives.tangents.rules import Local, Stack, linear, normalize, product, rule, scalar, softmax
+from hoanalysis.derivatives.tangents.rules.base import operand, replaced
 from hoanalysis.derivatives.tangents.rules.generic import Generic
 
 aten = torch.ops.aten
@@ -66,15 +67,7 @@ class _At:
 
     def with_operands(self, dots: Mapping[Key, Ref]) -> Ref:
         """The node's op with some operands replaced."""
-        args = [list(a) if isinstance(a, (list, tuple)) else a for a in self.args]
-        kwargs = dict(self.kwargs)
-        for key, d in dots.items():
-            if isinstance(key, tuple):
-                args[key[0]][key[1]] = d
-            elif isinstance(key, str):
-                kwargs[key] = d
-            else:
-                args[key] = d
+        args, kwargs = replaced(self.args, self.kwargs, dots)
         return self.b(self.node.op, *args, **kwargs)  # type: ignore[arg-type]
 
     def zeros(self, like: Ref) -> Ref:
@@ -273,7 +266,7 @@ def _jvp(op: Callable, keys: tuple[Key, ...]) -> Callable[..., Tensor]:
 
     def tangent(dots: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         node = Generic(op, args, kwargs, keys, 1)
-        live = tuple(node._input(k) for k in keys)
+        live = tuple(operand(args, kwargs, k) for k in keys)
         return torch.func.jvp(node.f, live, tuple(dots))[1]
 
     tangent.__name__ = f"tangent of {getattr(op, '__name__', op)}"

@@ -101,11 +101,10 @@ class Graph:
                 self.nodes[i].feeds_curved |= n.curved or n.feeds_curved
 
     def _reachable(self) -> set[int]:
-        """Nodes that the output depends on. In-place ops on constants count, which act by side effect, and guards."""
-        in_place = [n.index for n in self.nodes if n.op is not None and not n.live and _writes(n.op)]
+        """Nodes that the output or a guard depends on."""
         guards = [n.index for n in self.nodes if n.guard is not None and n.op is not None]
         found: set[int] = set()
-        todo = [self.output, *in_place, *guards]
+        todo = [self.output, *guards]
         while todo:
             i = todo.pop()
             if i not in found:
@@ -166,12 +165,6 @@ READ = (torch.ops.aten.resolve_neg.default,)
 def reads(op: Callable) -> bool:
     """Whether an op gives Python a number."""
     return isinstance(op, torch._ops.OpOverload) and torch.Tag.data_dependent_output in op.tags
-
-
-def _writes(op: Callable) -> bool:
-    if not isinstance(op, torch._ops.OpOverload):
-        return False
-    return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
 
 
 def flatten_inputs(args: tuple, kwargs: dict[str, Any]) -> dict[Key, int]:

@@ -103,7 +103,7 @@ class Program:
         batch: Batch,
         request: Request,
     ) -> BatchDerivatives:
-        """D^(1) .. D^(order) of one batch, and the third diagonal where ``request`` asks for it.
+        """D^(1) .. D^(order) of one batch, and the diagonal of a higher order where ``request`` asks for one.
 
         Raises
         ------

@@ -11,7 +11,7 @@ To teach the engine a new op, subclass `Local` (or one of the three kinds) and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,26 @@ class Local:
 
     def release(self) -> None:
         """Drop what `second` kept for the calls after it."""
+
+
+def operand(args: tuple, kwargs: dict[str, Any], key: Key) -> Any:
+    """The argument at a key."""
+    if isinstance(key, tuple):
+        return args[key[0]][key[1]]
+    return kwargs[key] if isinstance(key, str) else args[key]
+
+
+def replaced(args: tuple, kwargs: dict[str, Any], values: Mapping[Key, Any]) -> tuple[list, dict[str, Any]]:
+    """The arguments with those at some keys replaced."""
+    new, named = [list(a) if isinstance(a, (list, tuple)) else a for a in args], dict(kwargs)
+    for key, value in values.items():
+        if isinstance(key, tuple):
+            new[key[0]][key[1]] = value
+        elif isinstance(key, str):
+            named[key] = value
+        else:
+            new[key] = value
+    return new, named
 
 
 _RULES: dict[Callable, type[Local]] = {}

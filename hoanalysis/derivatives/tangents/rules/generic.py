@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from hoanalysis.derivatives.tangents.groups import Groups, Sums, common, flat, rows, union
-from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks
+from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, operand, replaced
 
 
 class Generic(Local):
@@ -32,19 +32,10 @@ class Generic(Local):
         return True
 
     def _input(self, key: Key) -> Tensor:
-        if isinstance(key, tuple):
-            return self.args[key[0]][key[1]]
-        return self.kwargs[key] if isinstance(key, str) else self.args[key]
+        return operand(self.args, self.kwargs, key)
 
     def f(self, *x: Tensor) -> Tensor:
-        args, kwargs = [list(a) if isinstance(a, (list, tuple)) else a for a in self.args], dict(self.kwargs)
-        for key, value in zip(self.keys, x, strict=True):
-            if isinstance(key, tuple):
-                args[key[0]][key[1]] = value
-            elif isinstance(key, str):
-                kwargs[key] = value
-            else:
-                args[key] = value
+        args, kwargs = replaced(self.args, self.kwargs, dict(zip(self.keys, x, strict=True)))
         return self.op(*args, **kwargs)
 
     def push(self, key: Key, stack: Tensor) -> Tensor:

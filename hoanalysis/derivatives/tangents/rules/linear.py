@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hoanalysis.derivatives.tangents.groups import flat
-from hoanalysis.derivatives.tangents.rules.base import Key, Local, rule
+from hoanalysis.derivatives.tangents.rules.base import Key, Local, operand, replaced, rule
 from hoanalysis.derivatives.tangents.shapes import spread, sum_to
 
 aten = torch.ops.aten
@@ -27,19 +27,11 @@ class Linear(Local):
         self.value = op(*args, **kwargs)
 
     def _at(self, key: Key, x: Tensor) -> Tensor:
-        args, kwargs = list(self.args), self.kwargs
-        if isinstance(key, str):
-            kwargs = {**kwargs, key: x}
-        elif isinstance(key, tuple):
-            args[key[0]] = [x if j == key[1] else a for j, a in enumerate(args[key[0]])]
-        else:
-            args[key] = x
+        args, kwargs = replaced(self.args, self.kwargs, {key: x})
         return self.op(*args, **kwargs)
 
     def _input(self, key: Key) -> Tensor:
-        if isinstance(key, tuple):
-            return self.args[key[0]][key[1]]
-        return self.kwargs[key] if isinstance(key, str) else self.args[key]
+        return operand(self.args, self.kwargs, key)
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
         return torch.vmap(lambda x: self._at(key, x))(stack)
