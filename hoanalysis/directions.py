@@ -2,7 +2,7 @@
 
 | recipe | u |
 |---|---|
-| ``gradient`` | the gradient of L over the whole data, in a first pass of its own |
+| ``gradient`` | the gradient of L over the whole data (or ``Problem.direction_data``), in a first pass of its own |
 | ``weights`` | -theta: eta_s = 1 removes group s |
 | ``random`` | independent standard normal entries from a recorded seed |
 | ``to:init``, ``to:next``, ``to:<file>`` | theta' - theta: eta = 1 replaces a group by its value in that checkpoint |
@@ -132,7 +132,8 @@ def resolve(
 def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress):
     theta = state.parameters
     if recipe == "gradient":
-        return gradient(problem, state, max_batches, progress), dict(OF_GRADIENT)
+        own = problem.direction_data is None
+        return gradient(problem.of_direction(), state, max_batches if own else None, progress), dict(OF_GRADIENT)
     if recipe == "weights":
         return {n: -p for n, p in theta.items()}, {}
     if recipe == "random":

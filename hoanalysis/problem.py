@@ -66,6 +66,9 @@ class Problem:
         is found to be a mean over rows; asked for otherwise.
     split
         ``fn(batch, i, j)`` -> the samples i..j of a batch, so that it can be computed in chunks.
+    direction_data
+        Batches for the direction ``"gradient"`` where they are others than ``data``: u = the gradient over all of a
+        large training set, the derivatives over a part of it. Errors are conditional on u then.
     reduction
         ``"mean"``: a batch's loss is a mean over ``size(batch)`` terms, and L the mean over the data. ``"sum"``: it is
         a sum, and L the sum over the data.
@@ -87,6 +90,7 @@ class Problem:
         batch_size: Callable[[Batch], float] | None = None,
         split: Callable[[Batch, int, int], Batch] | None = None,
         reduction: str = "mean",
+        direction_data: Iterable[Batch] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
@@ -96,23 +100,15 @@ class Problem:
             )
         if reduction not in ("mean", "sum"):
             raise ArgumentError(f"reduction is 'mean' or 'sum', not {reduction!r}")
-        if isinstance(data, Iterator):
-            raise DataError(
-                "the data is a one-shot iterator",
-                why="it is empty after the first pass, and several passes are needed",
-                do="pass a list, a DataLoader or another re-iterable",
-            )
-        if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
-            raise DataError(
-                f"the data is a {type(data).__name__}, which cannot be iterated", do="pass a list or a DataLoader"
-            )
+        for given in (data, *([] if direction_data is None else [direction_data])):
+            _refuse_one_pass(given)
         if batch_size is not None and not callable(batch_size):
             raise ArgumentError(
                 f"batch_size is a function of a batch, not {batch_size!r}",
                 do="leave it out, or pass batch_size=lambda batch: the denominator of the batch's mean",
             )
         self.model = _unwrapped(model)
-        self.data = data
+        self.data, self.direction_data = data, direction_data
         self.reduction = reduction
         self.loss, self._batch_loss, self._split = loss, batch_loss, split
         self.notes: list[str] = []
@@ -286,6 +282,16 @@ class Problem:
         if count == 0:
             raise DataError("the data has no batches", do="check the path, the subset and drop_last of the loader")
 
+    def of_direction(self) -> Problem:
+        """The problem over the batches of the direction ``"gradient"``: this one, unless it was given others."""
+        if self.direction_data is None:
+            return self
+        if "of direction" not in self.cache:
+            other = copy.copy(self)
+            other.data, other.direction_data, other.cache, other._rows_checked = self.direction_data, None, {}, None
+            self.cache["of direction"] = other
+        return self.cache["of direction"]
+
     def first_batch(self) -> Batch:
         """The first batch, kept: self-checks and captures use it."""
         if "first batch" not in self.cache:
@@ -324,6 +330,7 @@ class Problem:
             "loss": describe_callable(self.loss if self.loss is not None else self._batch_loss),
             "reduction": self.reduction,
             "train_mode": training,
+            **({} if self.direction_data is None else {"direction_data": self.of_direction().fingerprint()}),
         }
 
     # ---- internals ----------------------------------------------------------------------------------------------
@@ -632,6 +639,19 @@ def _cast_loss(loss: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(loss, nn.Module):
         return copy.deepcopy(loss).to(dtype)
     return loss
+
+
+def _refuse_one_pass(data: Any) -> None:
+    if isinstance(data, Iterator):
+        raise DataError(
+            "the data is a one-shot iterator",
+            why="it is empty after the first pass, and several passes are needed",
+            do="pass a list, a DataLoader or another re-iterable",
+        )
+    if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
+        raise DataError(
+            f"the data is a {type(data).__name__}, which cannot be iterated", do="pass a list or a DataLoader"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

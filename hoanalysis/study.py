@@ -1,7 +1,7 @@
 """StudySpec: what to analyse, read from a ``study.toml``, and the objects it names.
 
     [model]        factory = "package.module:name", args, mode ("eval" or "train")
-    [data]         factory, args, batch_size, max_samples
+    [data]         factory, args, batch_size, max_samples, direction_samples
     [loss]         factory, args             a function loss(model(x), y), or a class of such
     [checkpoints]  folder, pattern, log      relative to the file's own folder; log has step, loss, learning_rate
     [summaries]    order, diagonal, directions, partitions, dtype, memory, measure, taus, ...
@@ -47,6 +47,7 @@ class DataTable(_Table):
     args: dict[str, Any] = {}
     batch_size: int | None = Field(None, ge=1)
     max_samples: int | None = Field(None, ge=1)
+    direction_samples: int | None = Field(None, ge=1)  # for the direction "gradient", where they are others
 
 
 class LossTable(_Table):
@@ -148,13 +149,17 @@ class StudySpec(_Table):
                 if v is not None
             }
             data = self._call("data", self.data.factory, {**self.data.args, **options})
+            direction_data = None
+            if self.data.direction_samples is not None:
+                args = {**self.data.args, **options, "max_samples": self.data.direction_samples}
+                direction_data = self._call("data", self.data.factory, args)
             loss = self._loss()
         if not hasattr(model, "named_parameters"):
             raise StudyError(
                 f"[model] factory {self.model.factory!r} gave a {type(model).__name__}, not a torch.nn.Module",
                 where=str(self.path),
             )
-        return Problem(model.train(self.model.mode == "train"), data, loss)
+        return Problem(model.train(self.model.mode == "train"), data, loss, direction_data=direction_data)
 
     def run(self) -> Run:
         """The checkpoints, in order."""

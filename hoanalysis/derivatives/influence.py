@@ -32,6 +32,7 @@ from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import Engine, Task
 from hoanalysis.derivatives.primitives import primitive_operations
 from hoanalysis.directions import batch_gradients
+from hoanalysis.errors import ArgumentError
 from hoanalysis.problem import Batch
 from hoanalysis.units import Accumulator
 
@@ -47,6 +48,11 @@ def influence(
     """
     task = engine.task
     problem, request = task.problem, task.request
+    if problem.direction_data is not None:
+        raise ArgumentError(
+            "errors='unconditional' follow the data through the direction, and it has data of its own",
+            do="leave out errors='unconditional', or direction_data (direction_samples in a study)",
+        )
     deviations = _deviations(task, sums, max_batches)
     slots: dict[int, Any] = dict.fromkeys(range(1, request.order + 1), 0.0)
     diagonal: Any = 0.0
