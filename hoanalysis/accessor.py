@@ -23,6 +23,7 @@ from hoanalysis.analysis import merge as _merge
 from hoanalysis.analysis import prediction as _prediction
 from hoanalysis.analysis import pruning as _pruning
 from hoanalysis.analysis import regularizer as _regularizer
+from hoanalysis.analysis import reinitialization as _reinitialization
 from hoanalysis.analysis import spectra as _spectra
 from hoanalysis.analysis import steps as _steps
 from hoanalysis.analysis import taylor as _taylor
@@ -113,6 +114,10 @@ class HoAccessor:
     def saliency(self) -> xr.Dataset:
         """OBD and OBS scores of groups along u = weights; see `analysis.pruning.saliency`."""
         return _pruning.saliency(self._ds)
+
+    def reinitialization(self) -> xr.Dataset:
+        """What putting groups back to their initial values does, u = to:init; see `analysis.reinitialization`."""
+        return _reinitialization.reinitialization(self._ds)
 
     def laplace(self, prior_precision: float = 1.0, n_samples: float | None = None) -> xr.Dataset:
         """Sigma = (N D2 + Lambda)^-1 along u = weights; see `analysis.laplace.laplace`."""

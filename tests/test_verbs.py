@@ -55,6 +55,7 @@ VERBS: dict[str, Callable[[xr.Dataset], Any]] = {
     "curvature": lambda ds: ds.ho.curvature(),
     "flatness": lambda ds: along_weights(ds).ho.flatness(),
     "saliency": lambda ds: along_weights(ds).ho.saliency(),
+    "reinitialization": lambda ds: ds.assign_attrs(direction="to:init").ho.reinitialization(),
     "laplace": lambda ds: along_weights(ds).ho.laplace(),
     "compare": lambda ds: ds.ho.compare(later(ds)),
     "differences": lambda ds: ds.ho.differences(later(ds)),
@@ -178,7 +179,7 @@ def test_a_checkpoint_that_is_not_computed_is_a_gap(verb):
         if verb == "null_groups":
             assert not gap["value"].any()
             continue
-        counts = {"negative", "negative_clear", "scale_invariant"}
+        counts = {"negative", "negative_clear", "scale_invariant", "critical"}
         assert all(np.isnan(v).all() for name, v in gap.items() if name not in counts), gap
     if "status" in getattr(found, "data_vars", ()):
         text = str(found.status.values[1])
@@ -266,6 +267,10 @@ def one_group() -> dict[str, tuple[Any, Any]]:
         "curvature": ([along.curvature()[n].item() for n in ("largest", "smallest")], h / norm**2),
         "flatness": ([weights.flatness()[n].item() for n in ("sharpness", "total", "joint", "largest")], h),
         "saliency": ([weights.saliency()[n].item() for n in ("obd", "obs")], g + h / 2),
+        "reinitialization": (
+            ds.assign_attrs(direction="to:init").ho.reinitialization().predicted.values,
+            np.array([[g], [g + h / 2], [g + h / 2 + t / 6]]).ravel(),
+        ),
         "laplace": (weights.laplace().covariance.values, 1 / (128 * h + norm**2)),
         "compare": (along.compare(later(ds)).D2.values, 0.25 * h),
         "differences": (rows.difference[["D1", "D2", "D3"]], np.array([g, h, t]) / 4),
@@ -366,7 +371,7 @@ def test_nothing_computed_is_said(verb):
     elif isinstance(found, pd.DataFrame):
         assert found.empty or found.difference.isna().all()
     else:
-        counts = {"negative", "negative_clear", "scale_invariant"}
+        counts = {"negative", "negative_clear", "scale_invariant", "critical"}
         assert all(np.isnan(v).all() for name, v in numbers(found).items() if name not in counts)
     if "status" in getattr(found, "data_vars", ()) and verb != "compare":
         assert all("not computed" in text for text in found.status.values)
