@@ -30,7 +30,7 @@ def advice(one: xr.Dataset, regularization: Regularization, epsilon: float) -> s
     lines = [_named(groups.missing, names, MISSING), _named(groups.null, names, NULL), _named(groups.flat, names, FLAT)]
     if groups.used.any():
         lines += _about_matrix(one, regularization, epsilon)
-        lines.append(_beyond(one, Solver(one, regularization, epsilon)))
+        lines.append(_beyond(one, Solver.of(one, regularization, epsilon)))
     if regularization in ("r", "cubic"):
         zero = names[groups.used & (_r(one) == 0)]
         lines.append(zero_r(list(zero)) if len(zero) else "")
@@ -81,7 +81,7 @@ def _r(one: xr.Dataset) -> Array:
 
 
 def _about_matrix(one: xr.Dataset, regularization: Regularization, epsilon: float) -> list[str]:
-    solver = Solver(one, regularization, epsilon)
+    solver = Solver.of(one, regularization, epsilon)
     solved = solver.equilibrated(tensors(one, needed(one, regularization)))
     matrix = solved.matrix
     if solved.hard:

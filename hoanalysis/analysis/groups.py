@@ -59,9 +59,14 @@ def system(one: xr.Dataset) -> System:
     """The `System` of one checkpoint: null, flat and missing groups, and the scales of the others."""
     t = tensors(one, ["D1", "D2"])
     norm = np.asarray(one["direction_norm"].values, float) if "direction_norm" in one.coords else np.ones(len(t["D1"]))
+    return system_of(t, norm, rounding(one))
+
+
+def system_of(t: Tensors, norm: Array, eps: float) -> System:
+    """The `System` of D1 (S,) and D2 (S, S) along a direction with the norms |U^s| (S,), known to ``eps``."""
     diagonal = np.diagonal(t["D2"])
     missing = ~(np.isfinite(t["D1"]) & np.isfinite(diagonal))
-    tolerance = min(TOLERANCE * rounding(one), 1e-2)
+    tolerance = min(TOLERANCE * eps, 1e-2)
     null = ~missing & _without_effect(t["D1"], t["D2"], norm, tolerance)
     scale = _scales(np.where(np.isfinite(t["D2"]), t["D2"], 0.0), ~(missing | null))
     return System(null, ~(missing | null) & (scale == 0), missing, scale)

@@ -31,7 +31,7 @@ def inverse(ds: xr.Dataset, regularization: Regularization = None, epsilon: floa
     names = needed(ds, regularization)
 
     def both(one: xr.Dataset) -> Array:
-        solver = Solver(one, regularization, epsilon)
+        solver = Solver.of(one, regularization, epsilon)
 
         def estimate(t: Tensors) -> Array:
             scale = solver.groups.scale[solver.groups.used]

@@ -58,7 +58,7 @@ def _scale_free(one: xr.Dataset) -> Estimate:
 
 
 def _rates(one: xr.Dataset) -> Estimate:
-    return Solver(one, None, 1.0)
+    return Solver.of(one, None, 1.0)
 
 
 def _share(i: int) -> Callable[[xr.Dataset], Estimate]:

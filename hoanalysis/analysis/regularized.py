@@ -43,14 +43,24 @@ class Solved:
     hard: bool = False
 
 
+@dataclass(frozen=True)
 class Solver:
-    """Solves H-bar_reg eta = g-bar for any tensors, with the groups and scales of one checkpoint held fixed."""
+    """Solves H-bar_reg eta = g-bar for any tensors, with the groups and scales of one point held fixed.
 
-    def __init__(self, one: xr.Dataset, regularization: Regularization, epsilon: float) -> None:
-        self.groups: System = system(one)
-        self.regularization, self.epsilon = regularization, epsilon
-        self.third = third(one) if regularization in ("r", "cubic") else ""
-        self.limit = rounding(one) ** (2 / 3)
+    ``third`` is the name of the tensor that holds D3[s,s,s]; ``limit`` the share of the largest r below which r is 0.
+    """
+
+    groups: System
+    regularization: Regularization
+    epsilon: float
+    third: str
+    limit: float
+
+    @classmethod
+    def of(cls, one: xr.Dataset, regularization: Regularization, epsilon: float) -> "Solver":
+        """The solver of one checkpoint."""
+        name = third(one) if regularization in ("r", "cubic") else ""
+        return cls(system(one), regularization, epsilon, name, rounding(one) ** (2 / 3))
 
     def __call__(self, t: Tensors) -> Array:
         """eta, shape (S,), NaN for the groups left out."""

@@ -66,5 +66,5 @@ def learning_rates(ds: xr.Dataset, regularization: Regularization = None, epsilo
 
 
 def _rates_and_errors(one: xr.Dataset, names: list[str], regularization: Regularization, epsilon: float) -> Array:
-    solver = Solver(one, regularization, epsilon)
+    solver = Solver.of(one, regularization, epsilon)
     return np.stack([solver(tensors(one, names)), standard_error(one, names, solver)])
