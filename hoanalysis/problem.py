@@ -170,7 +170,8 @@ class Problem:
         aliases = {n: info.aliases for n, info in known.items() if info.aliases}
         named = {*known, *(a for others in aliases.values() for a in others)}
         buffers = {n: tuple(t.shape) for n, t in self.model.state_dict().items() if n not in named}
-        return fit(checkpoint, {n: info.shape for n, info in known.items()}, buffers, aliases=aliases)
+        dtypes = {n: t.dtype for n, t in self.model.state_dict().items()}
+        return fit(checkpoint, {n: info.shape for n, info in known.items()}, buffers, aliases=aliases, dtypes=dtypes)
 
     # ---- the loss -----------------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Problem:
         buffers = {n: t.clone() for n, t in state.fixed.items()}
         swapped = {f"model.{n}": t for n, t in {**buffers, **parameters}.items()}
         device = next(iter(parameters.values())).device.type if parameters else "cpu"
-        with torch.enable_grad(), torch.autocast(device, enabled=False), _keep_random_state(), without_checkpointing():
+        with torch.enable_grad(), torch.autocast(device, enabled=False), keep_random_state(), without_checkpointing():
             value = functional_call(_Call(self.model, self._user_loss(state.dtype)), swapped, (batch,))
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -262,7 +263,7 @@ class Problem:
             Where there is no batch, or another number of them than in the pass before.
         """
         count = 0
-        with _keep_random_state():
+        with keep_random_state():
             for batch in self.data:
                 if max_batches is not None and count >= max_batches:
                     break
@@ -309,7 +310,7 @@ class Problem:
         key = ("data fingerprint", max_batches)
         if key not in self.cache:
             digests = [batch_digest(b) for b in self.batches(max_batches)]
-            with _keep_random_state():  # another seed, since a pass keeps the random state that it started from
+            with keep_random_state():  # another seed, since a pass keeps the random state that it started from
                 _seed_everything(1)
                 again = batch_digest(next(iter(self.batches(1))))
             if again != digests[0]:
@@ -368,7 +369,7 @@ class Problem:
         batch = self.cast(self.first_batch(), state.dtype)
         copies = {n: p.clone() for n, p in state.parameters.items()}
         values = []
-        with _keep_random_state(), naming_batch(0):
+        with keep_random_state(), naming_batch(0):
             for seed in (0, 1):
                 _seed_everything(seed)
                 values.append(float(self.batch_value(copies, state, batch).detach()))
@@ -693,7 +694,7 @@ def naming_batch(index: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _keep_random_state() -> Iterator[None]:
+def keep_random_state() -> Iterator[None]:
     """The random state of torch, numpy and Python as it was before; loaders draw a seed for each pass."""
     state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:

@@ -214,12 +214,9 @@ def break_model(study: Path) -> None:
     study.write_text(study.read_text().replace(":model", ":modle"))
 
 
-def break_fit(study: Path) -> None:
-    save_file({"0.weight": zeros(5, 4), "extra": zeros(1)}, study.parent / "step_10.safetensors")
-
-
-def break_file(study: Path) -> None:
-    (study.parent / "step_20.safetensors").write_bytes((study.parent / "step_20.safetensors").read_bytes()[:50])
+def break_every_fit(study: Path) -> None:
+    for path in study.parent.glob("*.safetensors"):
+        save_file({"0.weight": zeros(5, 4), "extra": zeros(1)}, path)
 
 
 def break_log(study: Path) -> None:
@@ -235,8 +232,7 @@ def break_pattern(study: Path) -> None:
     [
         (break_key, ["unknown key 'oder' in [summaries]", "did you mean 'order'"]),
         (break_model, ["has no 'modle'", "did you mean 'model'"]),
-        (break_fit, ["step_10.safetensors", "'extra'", "'0.bias'"]),
-        (break_file, ["step_20.safetensors"]),
+        (break_every_fit, ["none of the 3 checkpoints", "step_0.safetensors", "'extra'", "'0.bias'"]),
         (break_log, ["no such training log", "log.csv"]),
         (break_pattern, ["'*.ckpt'"]),
         (Path.unlink, ["no such study file", "study.toml"]),

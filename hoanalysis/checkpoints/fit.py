@@ -8,6 +8,7 @@ from hoanalysis.checkpoints.unpack import OptimizerState
 from hoanalysis.errors import CheckpointError, NonFiniteWeights, listed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Shape = Sequence[int]
@@ -23,6 +24,7 @@ def fit(
     *,
     strip_prefix: str | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
+    dtypes: "Mapping[str, torch.dtype] | None" = None,
     allow_nonfinite: bool = False,
 ) -> "dict[str, Tensor]":
     """The tensors of a checkpoint under the names of a model, each exactly once.
@@ -38,14 +40,16 @@ def fit(
         Take the tensors under this prefix, without it, and leave the others.
     aliases
         Parameter name -> other names of the same tied parameter, which a file may hold instead or besides.
+    dtypes
+        Parameter name -> dtype of the model: real numbers are asked for where it has them.
     allow_nonfinite
         Accept NaN and infinite values.
 
     Raises
     ------
     CheckpointError
-        For names that are missing or unexpected (a diff of at most ten each), another shape, or values that are not
-        finite. Nothing is ever left out silently.
+        For names that are missing or unexpected (a diff of at most ten each), another shape, complex numbers or whole
+        ones in the place of real ones, or values that are not finite. Nothing is ever left out silently.
     """
     tensors, where, notes = _parts(checkpoint)
     wanted: dict[str, Shape | None] = {n: tuple(s) for n, s in parameters.items()}
@@ -54,6 +58,7 @@ def fit(
     renaming = _renaming(tensors, wanted, aliases, strip_prefix, where, notes)
     fitted = {name: tensors[renaming[name]] for name in wanted}
     _check_shapes(fitted, wanted, where)
+    _check_kinds(fitted, dtypes or {}, where)
     if not allow_nonfinite:
         _check_finite(fitted, where)
     return fitted
@@ -188,6 +193,23 @@ def _check_shapes(fitted: "Mapping[str, Tensor]", wanted: Mapping[str, Shape | N
         )
 
 
+def _check_kinds(fitted: "Mapping[str, Tensor]", dtypes: "Mapping[str, torch.dtype]", where: str) -> None:
+    """A cast would drop the imaginary part of complex numbers, and take quantised weights for real ones."""
+    wrong = {
+        n: t.dtype
+        for n, t in fitted.items()
+        if n in dtypes and dtypes[n].is_floating_point and not t.dtype.is_floating_point
+    }
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise CheckpointError(
+            f"tensor {name!r} is {dtype} in the checkpoint and {dtypes[name]} in the model",
+            where=where,
+            why=f"{len(wrong)} tensors are not of real numbers: {listed(f'{n}: {d}' for n, d in wrong.items())}",
+            do="save the state_dict of the full-precision model; quantised weights have no derivatives",
+        )
+
+
 def _check_finite(fitted: "Mapping[str, Tensor]", where: str) -> None:
     counts = {n: int((~t.isfinite()).sum()) for n, t in fitted.items() if t.is_floating_point() or t.is_complex()}
     bad = {n: c for n, c in counts.items() if c}
@@ -196,5 +218,5 @@ def _check_finite(fitted: "Mapping[str, Tensor]", where: str) -> None:
             f"{len(bad)} tensors of the checkpoint hold NaN or infinite values",
             where=where,
             why=listed(f"{n}: {c} of {fitted[n].numel()}" for n, c in bad.items()),
-            do="take an earlier checkpoint; fit(..., allow_nonfinite=True) where that is what you study",
+            do="take an earlier checkpoint: derivatives at such weights are no numbers",
         )

@@ -5,12 +5,13 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from hoanalysis.checkpoints import safetensors_file, torch_file, unpack
-from hoanalysis.checkpoints.sniff import existing, sniff, step_of
+from hoanalysis.checkpoints import distributed, safetensors_file, torch_file, unpack
+from hoanalysis.checkpoints.sniff import existing, sniff, step_of, within
 from hoanalysis.errors import CheckpointError, listed
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Checkpoint:
     step
         The last integer in the file name, or None.
     sha256
-        Of the file's bytes, those that were read; of an index, over the names and hashes of its shards.
+        Of the file's bytes, those that were read; of an index or a folder, over the names and hashes of its files.
     format
         "safetensors" or "torch".
     optimizer_state
@@ -51,7 +52,10 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Read a checkpoint: safetensors, a file of torch.save, or a ``*.index.json`` of safetensors shards.
+    """Read a checkpoint: safetensors, a file of torch.save, a ``*.index.json`` of shards, or a folder that holds one.
+
+    Of folders those of Hugging Face are read (an index with its shards, or the one file of weights), and those of
+    torch.distributed.checkpoint.
 
     Files of torch.save are read with ``weights_only=True``, always. A state_dict inside a larger file is found under
     the usual keys (state_dict, model_state_dict, model, module, params, also nested); ``key`` names another, as a
@@ -64,21 +68,41 @@ def load_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         If the file is missing, empty, truncated, damaged, no checkpoint, holds code, or holds tensors that cannot be
         differentiated (quantised, sparse, meta, distributed).
     """
+    path = Path(path)
+    if path.is_dir() and (inside := within(path)) is not None:
+        if inside.name == distributed.METADATA:
+            return _load_distributed(path, key)
+        return replace(load_checkpoint(inside, key), path=path, step=step_of(path))
     path = existing(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        kind = sniff(path, file.read(512))
-        if kind == "index":
-            return _load_index(path, file)
-        _check_memory(path, size)
-        # the hash and the tensors come from one open file, so a file that is replaced meanwhile cannot mix two
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return (
-            _load_safetensors(path, file, size, sha256)
-            if kind == "safetensors"
-            else _load_torch(path, file, kind, sha256, key)
-        )
+        before = _state_of(file)
+        loaded = _load_open(path, file, key)
+        if _state_of(file) != before:
+            raise CheckpointError(
+                "the file was written to while it was read",
+                where=str(path),
+                do="call again when training has finished writing it",
+            )
+    return loaded
+
+
+def _state_of(file: BinaryIO) -> tuple[int, int]:
+    told = os.fstat(file.fileno())
+    return told.st_size, told.st_mtime_ns
+
+
+def _load_open(path: Path, file: BufferedReader, key: str | None) -> Checkpoint:
+    size = os.fstat(file.fileno()).st_size
+    kind = sniff(path, file.read(512))
+    if kind == "index":
+        return _load_index(path, file)
+    _check_memory(path, size)
+    # the hash and the tensors come from one open file, so a file that is replaced meanwhile cannot mix two
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if kind == "safetensors":
+        return _load_safetensors(path, file, size, sha256)
+    return _load_torch(path, file, kind, sha256, key)
 
 
 def _load_safetensors(path: Path, file: BinaryIO, size: int, sha256: str) -> Checkpoint:
@@ -106,12 +130,25 @@ def _load_torch(path: Path, file: BinaryIO, kind: str, sha256: str, key: str | N
             why="safetensors is chosen where pickles are not trusted, so this file is not what it says",
             do="where it is trusted, rename it to .pt",
         )
-    notes: list[str] = []
     content = (torch_file.read_archive if kind == "torch" else torch_file.read_legacy)(file, path)
+    return _of_content(content, path, sha256, key)
+
+
+def _load_distributed(path: Path, key: str | None) -> Checkpoint:
+    _check_memory(path, sum(p.stat().st_size for p in distributed.files_of(path)))
+    sha256 = content_sha256(path)
+    loaded = _of_content(distributed.read(path), path, sha256, key)
+    if content_sha256(path) != sha256:
+        raise CheckpointError("the folder was written to while it was read", where=str(path), do="call again later")
+    return loaded
+
+
+def _of_content(content: Any, path: Path, sha256: str, key: str | None) -> Checkpoint:
+    notes: list[str] = []
     inert = unpack.inert_code(content)
     if inert:
         notes.append(f"the file names code for another loader to run, ignored here: {listed(inert)}")
-        warnings.warn(f"{path}: {notes[-1]}", stacklevel=3)
+        warnings.warn(f"{path}: {notes[-1]}", stacklevel=5)
     weights = unpack.find_state_dict(content, str(path), key, notes)
     optimizer_state = unpack.find_optimizer(content, weights, notes)
     plain, settings = _plain(weights, path, notes), unpack.optimizer_settings(content)
@@ -181,7 +218,10 @@ def _unusable(tensor: "Tensor") -> str:
 
 
 def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
-    """The shards of an index: {"weight_map": {tensor: file}}, all beside it, each tensor in exactly one of them."""
+    """The shards of an index: {"weight_map": {tensor: file}}, all beside it, each tensor in exactly one of them.
+
+    All shards are of one format. Tied tensors may be under several names in one shard.
+    """
     names = _weight_map(path, file)
     shards = {name: _shard(path, name) for name in dict.fromkeys(names.values())}
     weights: dict[str, Tensor] = {}
@@ -189,10 +229,14 @@ def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
     home: dict[str, str] = {}
     notes: list[str] = []
     hashes: dict[str, str] = {}
+    form: Literal["safetensors", "torch"] | None = None
     for shard, location in shards.items():
         part = load_checkpoint(location)
-        if part.format != "safetensors":
-            raise CheckpointError(f"the shard {shard!r} is not safetensors", where=str(path))
+        form = form or part.format
+        if part.format != form:
+            raise CheckpointError(
+                f"the shard {shard!r} is of {part.format}, the ones before of {form}", where=str(path)
+            )
         hashes[shard] = part.sha256
         for name in part.state_dict:
             if name in home:
@@ -212,7 +256,9 @@ def _load_index(path: Path, file: BinaryIO) -> Checkpoint:
     stray = [n for n in weights if n not in names]
     if stray:
         raise CheckpointError(f"the shards hold {listed(stray)}, which the index does not name", where=str(path))
-    return Checkpoint(path, "safetensors", _joined(hashes), step_of(path), weights, optimizer or None, {}, notes)
+    if form is None:
+        raise CheckpointError("the index names no shard", where=str(path), do="save the checkpoint again")
+    return Checkpoint(path, form, _joined(hashes), step_of(path), weights, optimizer or None, {}, notes)
 
 
 def _weight_map(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -236,11 +282,20 @@ def _joined(hashes: Mapping[str, str]) -> str:
 
 def content_sha256(path: Path) -> str:
     """What `Checkpoint.sha256` of this file will be, without reading weights."""
+    if path.is_dir() and (inside := within(path)) is not None:
+        if inside.name == distributed.METADATA:
+            return distributed.sha256_of(path, content_sha256_of_file)
+        return content_sha256(inside)
     with existing(path).open("rb") as file:
         if sniff(path, file.read(512)) == "index":
             shards = {_shard(path, name) for name in _weight_map(path, file).values()}
             return _joined({shard.name: content_sha256(shard) for shard in shards})
-        file.seek(0)
+    return content_sha256_of_file(path)
+
+
+def content_sha256_of_file(path: Path) -> str:
+    """Of the bytes of a file, whatever it is."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import overload
 
 from hoanalysis.checkpoints.load import Checkpoint, content_sha256, load_checkpoint
-from hoanalysis.checkpoints.sniff import neighbours, recognised, step_of
+from hoanalysis.checkpoints.sniff import neighbours, recognised, step_of, within
 from hoanalysis.errors import CheckpointError, listed
 
 
@@ -69,7 +69,8 @@ class _NoCheckpoint(CheckpointError, IndexError):
 def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key: str | None = None) -> Run:
     """The checkpoints of a folder whose names match ``pattern``, ordered by step, then by name in natural order.
 
-    Nothing is read but the names. ``key`` is that of `load_checkpoint`.
+    Nothing is read but the names. ``key`` is that of `load_checkpoint`. Folders that match are checkpoints where they
+    hold one (``pattern="checkpoint-*"`` for those of a Hugging Face trainer).
 
     Raises
     ------
@@ -81,9 +82,17 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
         what = "this is a file, not a folder of checkpoints" if folder.exists() else "there is no such folder"
         do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else neighbours(folder)
         raise CheckpointError(what, where=str(folder), do=do)
-    paths = sorted((p for p in folder.glob(pattern) if p.is_file()), key=_order)
+    paths = sorted(filter(_is_checkpoint, _matching(folder, pattern)), key=_order)
+    _refuse_shards(folder, paths)
     if not paths:
         found = recognised(folder)
+        if not found and (inside := sorted(p.name for p in folder.iterdir() if p.is_dir() and within(p))):
+            raise CheckpointError(
+                f"no file matches the pattern {pattern!r}",
+                where=str(folder),
+                why=f"the folders that hold a checkpoint: {listed(inside)}",
+                do=f"give pattern={re.sub(r'[0-9]+', '*', inside[0])!r}",
+            )
         raise CheckpointError(
             f"no file matches the pattern {pattern!r}",
             where=str(folder),
@@ -93,6 +102,38 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
     steps = [step_of(p) for p in paths]
     distinct = None not in steps and len(set(steps)) == len(steps)
     return Run(paths, [s for s in steps if s is not None] if distinct else range(len(paths)), key)
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    try:
+        if "\0" in pattern or ".." in Path(pattern).parts:
+            raise ValueError("it leaves the folder" if "\0" not in pattern else "it holds a NUL character")
+        return list(folder.glob(pattern))
+    except (ValueError, NotImplementedError, IndexError, re.error, RecursionError) as error:
+        raise CheckpointError(
+            f"the pattern {pattern!r} cannot be used",
+            where=str(folder),
+            why=str(error),
+            do="give a pattern of file names, such as '*.safetensors' or 'step_*.pt'",
+        ) from None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """A link to nothing is one that cannot be read: named when its turn comes, not left out silently."""
+    return path.is_file() or (path.is_symlink() and not path.exists()) or (path.is_dir() and within(path) is not None)
+
+
+def _refuse_shards(folder: Path, paths: Sequence[Path]) -> None:
+    """Shards of one checkpoint are no run."""
+    shards = [p for p in paths if re.search(r"-\d{5}-of-\d{5}\.", p.name)]
+    if shards and len(shards) == len(paths):
+        indices = sorted(p.name for p in folder.glob("*.index.json"))
+        raise CheckpointError(
+            f"the {len(paths)} files are shards of one checkpoint, not checkpoints",
+            where=str(folder),
+            why=f"such as {shards[0].name!r}",
+            do=f"give pattern={indices[0]!r}" if indices else "copy their index, *.index.json, beside them",
+        )
 
 
 def _order(path: Path) -> tuple:

@@ -68,15 +68,40 @@ def sniff(path: Path, head: bytes) -> Kind:
     )
 
 
+#: What a folder of one checkpoint holds, as Hugging Face and torch name it, the first that is there.
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def within(folder: Path) -> Path | None:
+    """The file that stands for a folder of one checkpoint: an index of shards, the weights, ``.metadata``; or None."""
+    named = [folder / name for name in (*INDICES, ".metadata", *WHOLE)]
+    indices = sorted(folder.glob("*.index.json"))
+    return next((p for p in (*named, *(indices if len(indices) == 1 else [])) if p.is_file()), None)
+
+
 def existing(path: str | os.PathLike[str]) -> Path:
     """The path of a file, or an error with its nearest neighbours."""
     path = Path(path)
+    if "\0" in str(path):
+        raise CheckpointError("a path holds a NUL character", where=repr(str(path)))
     if path.is_dir():
         raise CheckpointError(
             "this is a folder, not a checkpoint",
             where=str(path),
             why=f"the files in it that look like checkpoints: {listed(recognised(path)) or 'none'}",
             do="name one of the files, or open the folder as a run: open_run(folder)",
+        )
+    if path.exists() and not path.is_file():
+        raise CheckpointError(
+            "this is a pipe, a socket or a device, not a file", where=str(path), do="copy it to a file"
+        )
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            "this is a link to a file that is not there",
+            where=str(path),
+            why=f"it leads to {os.readlink(path)}",
+            do="copy the file itself, or mount what it leads to",
         )
     if not path.is_file():
         raise CheckpointError("there is no such file", where=str(path), do=neighbours(path))

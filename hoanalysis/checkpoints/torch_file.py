@@ -28,6 +28,7 @@ USUAL_MODULES = (
     "collections",
     "_codecs",
 )
+MAX_INSTRUCTIONS = 3_000_000  # of a pickle: 30 for a tensor and 1 for a number; reading as many takes seconds
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -61,6 +62,8 @@ def read_archive(file: BinaryIO, path: Path) -> Any:
             damaged = archive.testzip()
             if damaged is not None:
                 raise _damaged(path, damaged, "its bytes do not have the recorded CRC-32")
+            for m in pickles:
+                _refuse_long(io.BytesIO(archive.read(m)), path, 1)
             names = [name for m in pickles for name in globals_of(io.BytesIO(archive.read(m)))]
     except (zipfile.BadZipFile, EOFError, struct.error, OSError, RuntimeError, ValueError) as error:
         size = file.seek(0, io.SEEK_END)
@@ -76,6 +79,8 @@ def read_archive(file: BinaryIO, path: Path) -> Any:
 
 def read_legacy(file: BinaryIO, path: Path) -> Any:
     """The object in a file of torch.save before its version 1.6, a sequence of pickles."""
+    file.seek(0)
+    _refuse_long(file, path, LEGACY_PICKLES)
     file.seek(0)
     return _weights_only(file, path, globals_of(file))
 
@@ -108,7 +113,11 @@ def _checked_members(archive: zipfile.ZipFile, file: BinaryIO, path: Path) -> li
     return members
 
 
-def globals_of(file: BinaryIO) -> list[str]:
+class _TooLong(Exception):
+    pass
+
+
+def globals_of(file: BinaryIO, pickles: int = LEGACY_PICKLES) -> list[str]:
     """The functions and classes that the pickles of a file name, as ``module.name``, without running any of it.
 
     >>> globals_of(io.BytesIO(pickle.dumps(print)))
@@ -116,10 +125,28 @@ def globals_of(file: BinaryIO) -> list[str]:
     """
     names: dict[str, None] = {}
     with contextlib.suppress(Exception):  # behind the last pickle come raw bytes, and a forged one may hold anything
-        for _ in range(LEGACY_PICKLES):
+        for _ in range(pickles):
             for name in _globals(file):
                 names[name] = None
     return list(names)
+
+
+def _refuse_long(file: BinaryIO, path: Path, pickles: int) -> None:
+    """A pickle of many millions of instructions would keep the reader busy for minutes."""
+    count = 0
+    with contextlib.suppress(Exception):
+        for _ in range(pickles):
+            for _ in pickletools.genops(file):
+                count += 1
+                if count > MAX_INSTRUCTIONS:
+                    break
+    if count > MAX_INSTRUCTIONS:
+        raise CheckpointError(
+            f"the pickle in this file has more than {MAX_INSTRUCTIONS:,} instructions, and was not read",
+            where=str(path),
+            why="a tensor needs some thirty of them: it holds long lists beside the weights, or is forged",
+            do="save the state_dict alone, with safetensors where that is possible",
+        )
 
 
 def _globals(file: BinaryIO) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis.analysis.findings import findings
-from hoanalysis.errors import HoError, NonFiniteWeights, ReportError, StoreError, listed
+from hoanalysis.errors import CheckpointError, HoError, ReportError, StoreError, listed
 from hoanalysis.reports.execute import (
     CELL_TIMEOUT,
     NOTEBOOK,
@@ -293,20 +293,20 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
 
 
 def _refuse_unfitting(run: Any, work: Any) -> None:
-    """Name a checkpoint that does not fit the model before anything is written.
+    """Where no checkpoint can be read and fits the model, say so before anything is written.
 
-    One whose weights are not finite is a finding about the run, and a gap in its Dataset, unless all of them are.
+    Where some do, the others are gaps, named when their turn comes: a file that was cut short costs its own step only.
     """
-    finite, error = 0, None
-    for checkpoint in run:
+    first: HoError | None = None
+    for position in range(len(run)):
         try:
-            work.state(checkpoint)
-        except NonFiniteWeights as found:
-            error = error or found
-        else:
-            finite += 1
-    if error is not None and not finite:
-        raise error
+            work.state(run[position])
+            return
+        except CheckpointError as error:
+            first = first or error
+    assert first is not None  # a run is never empty
+    several = f"none of the {len(run)} checkpoints can be used; the first: " if len(run) > 1 else ""
+    raise type(first)(several + first.what, where=first.where, why=first.why, do=first.do, kept="nothing was written")
 
 
 def _assembled(plan: Mapping[str, Any], store: Store, outcome: Outcome) -> xr.Dataset:
