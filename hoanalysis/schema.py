@@ -5,7 +5,8 @@ of xarray-einstats), each with the same labels; ``step`` stands in front for a s
 ``loss``, ``D1``, ``D2``, ... with ``D1_se``, ...; ``D3_diag`` with ``D3_diag_se`` where the diagonal alone was
 computed; ``D2_batch`` and ``weight`` where blocks of batches were kept. What was measured by forward passes is
 ``change_along`` (tau), ``change_removed`` (group) and ``change_removed_pair`` (group, group2), with errors and blocks
-like every summary, and beside each the loss itself, ``loss_along`` = ``loss`` + ``change_along``, and so on.
+like every summary, and beside each the loss itself, ``loss_along`` = ``loss`` + ``change_along``, and so on. What takes
+gradients along the direction is ``change_path`` (node) and ``slope_path`` (node, group) = U^s . gradient(theta + node u).
 """
 
 import re
@@ -22,13 +23,19 @@ BATCH = "batch"
 LOSS = "loss"
 WEIGHT = "weight"
 TAU = "tau"
+NODE = "node"
 CHANGE_ALONG, CHANGE_REMOVED, CHANGE_REMOVED_PAIR = "change_along", "change_removed", "change_removed_pair"
+HESSIAN = "hessian_"  # in front of what `hoanalysis.curvature` computes, where a study stores it beside the summaries
+CHANGE_PATH, SLOPE_PATH = "change_path", "slope_path"
 #: The measured change of the loss -> the dims that it has, and the variable of the loss itself.
 MEASURED: dict[str, tuple[tuple[str, ...], str]] = {
     CHANGE_ALONG: ((TAU,), "loss_along"),
     CHANGE_REMOVED: ((GROUP,), "loss_removed"),
     CHANGE_REMOVED_PAIR: ((GROUP, "group2"), "loss_removed_pair"),
+    CHANGE_PATH: ((NODE,), "loss_path"),
 }
+#: The dims of all that is measured along the direction or beside it.
+MEASURED_DIMS = {name: dims for name, (dims, _) in MEASURED.items()} | {SLOPE_PATH: (NODE, GROUP)}
 KINDS = ("weight", "bias", "norm", "embedding", "other")
 
 #: Coordinates on ``group``; those in the second row carry ``step`` as well in a series.
@@ -72,7 +79,11 @@ LONG_NAMES = {
     "change_along": "change of the loss from theta to theta + tau u",
     "change_removed": "change of the loss when the group moves by its whole direction",
     "change_removed_pair": "change of the loss when both groups move by their whole direction",
+    "loss_path": "loss at theta + node u",
+    "change_path": "change of the loss from theta to theta + node u",
+    "slope_path": "slope of the loss along the direction of the group at theta + node u",
     "tau": "multiple of the direction",
+    "node": "multiple of the direction, a node of the quadrature over 0..1",
     "direction_detail": "where the direction came from",
     "stopping": "where the pass over the data ended",
     "gap": "why this checkpoint has no such summary",
@@ -100,7 +111,7 @@ def dims_of(variable: str, order: int) -> tuple[str, ...]:
     >>> dims_of("D2", 2), dims_of("change_along", 1), dims_of("loss", 0)
     (('group', 'group2'), ('tau',), ())
     """
-    return MEASURED[variable][0] if variable in MEASURED else group_dims(order)
+    return MEASURED_DIMS.get(variable, group_dims(order))
 
 
 def derivative(order: int) -> str:

@@ -4,15 +4,17 @@ Every one works without further arguments. Nothing is shown or kept open: see `s
 """
 
 from hoanalysis.plots.autopsy import prediction, waterfall
-from hoanalysis.plots.dots import learning_rates, regularizer
+from hoanalysis.plots.dots import differences, learning_rates, regularizer, taylor_step, unsettled
 from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
+from hoanalysis.plots.lines import curvature, loss, merging, pairs, spectrum, taylor, trajectories, triples
 from hoanalysis.plots.lines import interaction_shares as shares
-from hoanalysis.plots.lines import loss, merging, pairs, spectrum, taylor, trajectories, triples
-from hoanalysis.plots.weights import flatness, laplace, saliency
+from hoanalysis.plots.weights import flatness, laplace, reinitialization, saliency
 
 __all__ = [
     "blocks",
     "change",
+    "curvature",
+    "differences",
     "errors",
     "flatness",
     "laplace",
@@ -23,12 +25,15 @@ __all__ = [
     "pairs",
     "prediction",
     "regularizer",
+    "reinitialization",
     "saliency",
     "shares",
     "spectrum",
     "taylor",
+    "taylor_step",
     "third",
     "trajectories",
     "triples",
+    "unsettled",
     "waterfall",
 ]

@@ -1,21 +1,28 @@
 """The numbers behind each figure, as tidy frames or labelled arrays: pure functions of the Dataset."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import checkpoints, require, step_labels, tensor
 from hoanalysis.analysis.coarsen import fewest, kept_share, suggest_partition
 from hoanalysis.analysis.compare import compare
+from hoanalysis.analysis.compare import differences as rows_of
+from hoanalysis.analysis.contributions import TIMES
+from hoanalysis.analysis.curvature import curvature
+from hoanalysis.analysis.errorbars import moves_with_the_data
 from hoanalysis.analysis.flatness import flatness
 from hoanalysis.analysis.inverse import Which, matrix
 from hoanalysis.analysis.laplace import laplace
 from hoanalysis.analysis.pruning import saliency
 from hoanalysis.analysis.regularized import Regularization
 from hoanalysis.analysis.regularizer import regularizer
+from hoanalysis.analysis.reinitialization import reinitialization
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.taylor import highest_order, taylor
@@ -23,6 +30,7 @@ from hoanalysis.analysis.taylor_step import taylor_step
 from hoanalysis.analysis.training_log import Used as Used
 from hoanalysis.analysis.training_log import used_at as used_at
 from hoanalysis.analysis.triples import strongest_slice, third_slice
+from hoanalysis.analysis.unsettled import unsettled
 from hoanalysis.errors import ArgumentError, listed, nearest
 
 Step = Regularization | Literal["taylor"]
@@ -52,6 +60,15 @@ def step_of(one: xr.Dataset) -> Any:
     return one[schema.STEP].item() if schema.STEP in one.coords else None
 
 
+def errors_told(ds: xr.Dataset) -> str:
+    """What the standard errors along the gradient are of, for the words beside marks; empty along other directions."""
+    if ds.attrs.get("direction") != "gradient":
+        return ""
+    if moves_with_the_data(ds):
+        return "errors with u held fixed, too small along the gradient"
+    return "unconditional errors, with what the data do through u"
+
+
 def matrix_at(
     ds: xr.Dataset, which: Which, step: Any = None, regularization: Regularization = None, epsilon: float = 1.0
 ) -> xr.DataArray:
@@ -73,18 +90,67 @@ def third_at(ds: xr.Dataset, group: str | None, step: Any, scale_free: bool) -> 
     return third_slice(one, labels.index(group) if group is not None else strongest_slice(one), scale_free)
 
 
+ALONE = "one checkpoint: give other=, a Dataset to compare it with"
+
+
+def compared(ds: xr.Dataset, other: xr.Dataset | None, step: Any) -> xr.Dataset | None:
+    """`compare` with another Dataset at the last step of both, or of the first with the last step; None of one step."""
+    if other is None and ds.sizes.get(schema.STEP, 1) < 2:
+        return None
+    both = (ds, ds) if other is None else (ds, other)
+    return compare(*both, step if step is not None else ("first", "last") if other is None else "last")
+
+
+def place(found: xr.Dataset, side: str) -> str:
+    """What `compare` calls ``"a"`` or ``"b"``: its step, where it has one."""
+    return f"step {found[f'step_{side}'].item()}" if f"step_{side}" in found.coords else side
+
+
+def differences(found: xr.Dataset, top: int) -> pd.DataFrame:
+    """``label, quantity, value`` of the most significant differences b - a, in standard errors of each."""
+    frame = rows_of(found)
+    frame = frame[np.isfinite(frame["significance"])].head(top)
+    columns = {"label": labels_of(frame), "quantity": frame["quantity"], "value": frame["difference"] / frame["se"]}
+    return pd.DataFrame(columns).reset_index(drop=True)
+
+
+def labels_of(frame: pd.DataFrame) -> list[str]:
+    """``D2 of a x b`` for rows with ``quantity``, ``group``, ``group2``, ..: how figures name entries."""
+    groups = frame[[c for c in frame.columns if str(c).startswith(schema.GROUP)]].to_numpy(object)
+    named = [TIMES.join(g for g in map(str, row) if g) for row in groups]
+    quantities = frame["quantity"].str.replace("_", " ")
+    return [f"{q} of {names}" if names else q for q, names in zip(quantities, named, strict=True)]
+
+
+def open_signs(ds: xr.Dataset, step: Any, top: int) -> pd.DataFrame:
+    """``label, quantity, times`` of the entries whose sign is not settled at one checkpoint, the nearest first."""
+    frame = unsettled(at_step(ds, step))
+    frame = frame[np.isfinite(frame["times"])].sort_values("times", kind="stable").head(top)
+    columns = {"label": labels_of(frame), "quantity": frame["quantity"], "times": frame["times"]}
+    return pd.DataFrame(columns).reset_index(drop=True)
+
+
+def put_back(ds: xr.Dataset, step: Any = None) -> pd.DataFrame:
+    """Re-initialised groups at one checkpoint: ``step, group, quantity, value, se``; predictions by order, measured."""
+    one = at_step(ds, step)
+    found = reinitialization(one)
+    orders = [found.sel(order=d) for d in found["order"].values]
+    parts = [by_group(one, f"predicted, order {f['order'].item()}", f["predicted"], f["predicted_se"]) for f in orders]
+    if "measured" in found:
+        parts.append(by_group(one, "measured", found["measured"], found["measured_se"]))
+    return pd.concat(parts, ignore_index=True)
+
+
 def changed(ds: xr.Dataset, other: xr.Dataset | None, step: Any, quantity: str) -> tuple[xr.DataArray | None, str]:
     """The difference of a matrix with its error and a title; or None, and why there is none."""
     if quantity not in ("scale_free", "D2"):
         raise ArgumentError(f"no matrix {quantity!r} is compared", do=nearest(quantity, ["scale_free", "D2"]))
-    if other is None and ds.sizes.get(schema.STEP, 1) < 2:
-        return None, "one checkpoint: give other=, a Dataset to compare it with"
-    both = (ds, ds) if other is None else (ds, other)
-    chosen = step if step is not None else ("first", "last") if other is None else "last"
-    found = compare(*both, chosen)
+    found = compared(ds, other, step)
+    if found is None:
+        return None, ALONE
     if quantity not in found:
         return None, "D1 or D2 is not held by both"
-    when = [f"step {found[f'step_{x}'].item()}" if f"step_{x}" in found.coords else f"{x}" for x in "ab"]
+    when = [place(found, x) for x in "ab"]
     array = found[quantity].assign_coords({f"{quantity}_se": found[f"{quantity}_se"]})
     title = str(array.attrs["long_name"])
     return array, f"{title[0].upper()}{title[1:]}, from {when[0]} to {when[1]}"
@@ -153,11 +219,16 @@ def by_group(ds: xr.Dataset, name: str, value: xr.DataArray, error: xr.DataArray
     return pd.concat(rows, ignore_index=True)
 
 
+def rates_of(one: xr.Dataset, regularization: Step = None, epsilon: float = 1.0) -> xr.Dataset:
+    """`learning_rates`, or for ``"taylor"`` `taylor_step`."""
+    return taylor_step(one) if regularization == "taylor" else learning_rates(one, regularization, epsilon)
+
+
 def rates(ds: xr.Dataset, regularization: Step = None, epsilon: float = 1.0) -> pd.DataFrame:
     """The learning rates of the first and last checkpoint: ``step, group, quantity, value, se``."""
     parts = []
     for one in first_and_last(ds):
-        found = taylor_step(one) if regularization == "taylor" else learning_rates(one, regularization, epsilon)
+        found = rates_of(one, regularization, epsilon)
         parts.append(by_group(one, "learning rate", found.learning_rates, found.learning_rates_se))
     return pd.concat(parts, ignore_index=True)
 
@@ -200,13 +271,56 @@ def eigenvalues(ds: xr.Dataset) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def along_step(ds: xr.Dataset, step: Any = None, eta: xr.DataArray | None = None, points: int = 41) -> pd.DataFrame:
+def hessian_of(ds: xr.Dataset, hessian: xr.Dataset | None = None) -> xr.Dataset | None:
+    """What `hoanalysis.curvature` returned: as given, or as a study stored it; None without either."""
+    if hessian is not None:
+        return hessian
+    stored = {str(n): str(n).removeprefix(schema.HESSIAN) for n in ds.data_vars if str(n).startswith(schema.HESSIAN)}
+    return ds[list(stored)].rename(stored) if stored else None
+
+
+def extremes(ds: xr.Dataset, hessian: xr.Dataset | None = None) -> pd.DataFrame:
+    """``step, quantity, value, se``: the extreme eigenvalues of the full Hessian, where known, and along the groups."""
+    parts = []
+    full, own = hessian_of(ds, hessian), curvature(ds)
+    for source, names, text in (
+        (full, ("largest", "lowest"), "of the Hessian"),
+        (own, ("largest", "smallest"), "along the groups"),
+    ):
+        if source is None:
+            continue
+        steps = step_labels(source) if schema.STEP in source.coords else step_labels(ds)
+        for name, title in zip(names, ("largest", "lowest"), strict=True):
+            value, se = (np.atleast_1d(source[n].values).astype(float) for n in (name, f"{name}_se"))
+            parts.append(pd.DataFrame({"step": steps, "quantity": f"{title}, {text}", "value": value, "se": se}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def edge(steps: Sequence[Any], used: Used, momentum: Used = None) -> NDArray[np.float64] | None:
+    """Where gradient descent with the rate ``used`` becomes unstable: 2 (1 + momentum) / rate at each step.
+
+    For the heavy ball of momentum mu; None where a rate is not known. Either is a number or the training log.
+    """
+    rates = [used_at(used, step) for step in steps]
+    if None in rates:
+        return None
+    mu = [used_at(momentum, step, "momentum") or 0.0 for step in steps]
+    return 2 * (1 + np.array(mu)) / np.array([float(rate or np.nan) for rate in rates])
+
+
+def along_step(
+    ds: xr.Dataset,
+    step: Any = None,
+    eta: xr.DataArray | None = None,
+    points: int = 41,
+    regularization: Step = None,
+) -> pd.DataFrame:
     """``tau, order, value, se``: the predicted change of the loss at tau times the move, for tau in 0..2, by order.
 
-    The move is minus the plain learning rates of the checkpoint unless ``eta`` is given.
+    The move is minus the learning rates of the checkpoint, with this regularization, unless ``eta`` is given.
     """
     one = at_step(ds, step)
-    move = -learning_rates(one).learning_rates if eta is None else eta
+    move = -rates_of(one, regularization).learning_rates if eta is None else eta
     tau = xr.DataArray(np.linspace(0, 2, points), dims="tau")
     rows = []
     for order in range(1, highest_order(one) + 1):

@@ -34,11 +34,13 @@ def matrix(
 
     ``scale`` is ``"linear"`` or ``"log"`` (signed, four decades); by default log where a linear scale would be white.
     ``limit`` fixes the end of the colours, so that figures compare. Dots mark entries within 2 standard errors of 0,
-    grey cells groups without effect. ``step`` is a step, ``"first"`` or ``"last"`` (the default).
+    grey cells groups without effect; along the gradient the words beside the colours say which errors these are:
+    unconditional where they are stored, and otherwise with u held fixed, which are too small. ``step`` is a step,
+    ``"first"`` or ``"last"`` (the default).
     """
     array = frames.matrix_at(ds, which, step, regularization, epsilon)
     title = f"{TITLES[which]}{_regularized(regularization, epsilon)}, {_when(array)}"
-    return signed(array, ax, title, scale=scale, limit=limit)
+    return signed(array, ax, title, scale=scale, limit=limit, note=frames.errors_told(ds))
 
 
 def third(
@@ -62,7 +64,7 @@ def third(
         return style.nothing(style.axes(ax, 5.0, 3.0), "no full D3: summarize with order=3")
     name = style.text(array.attrs["slice"], 30)
     title = f"{'Scale-free ' if scale_free else ''}D3, slice of {name}, {_when(array)}"
-    return signed(array, ax, title, scale=scale, limit=limit)
+    return signed(array, ax, title, scale=scale, limit=limit, note=frames.errors_told(ds))
 
 
 def change(
@@ -83,13 +85,22 @@ def change(
     array, title = frames.changed(ds, other, step, quantity)
     if array is None:
         return style.nothing(style.axes(ax, 5.0, 3.0), title)
-    return signed(array, ax, title, scale=scale)
+    return signed(array, ax, title, scale=scale, note=frames.errors_told(ds))
 
 
 def signed(
-    array: xr.DataArray, ax: Axes | None, title: str, *, scale: str | None = None, limit: float | None = None
+    array: xr.DataArray,
+    ax: Axes | None,
+    title: str,
+    *,
+    scale: str | None = None,
+    limit: float | None = None,
+    note: str = "",
 ) -> Axes:
-    """A matrix with its errors, in the paper's colours: dots mark entries within 2 standard errors of 0."""
+    """A matrix with its errors, in the paper's colours: dots mark entries within 2 standard errors of 0.
+
+    ``note`` says of which kind the errors are, where there are two.
+    """
     values = np.asarray(array.values, dtype=float)
     shown = np.append(values, limit) if limit else values
     norm = style.signed_norm(shown, scale or style.auto_scale(values))
@@ -98,7 +109,7 @@ def signed(
         return style.nothing(ax, f"{array.attrs['long_name']}: nothing computed at {_when(array)}")
     _cells(ax, array, norm, style.SIGNED)
     _dots(ax, values, np.asarray(error_of(array).values, dtype=float))
-    _colorbar(ax, array, norm)
+    _colorbar(ax, array, norm, note)
     ax.set_title(title, fontsize="medium")
     return ax
 
@@ -134,7 +145,7 @@ def blocks(
         panel.set_title(f"{name} ({style.text(array.attrs.get('block', 'all groups'))})", fontsize="medium")
     for panel in panels[len(found) :]:
         panel.set_axis_off()
-    _colorbar(panels[len(found) - 1], next(iter(found.values())), norm)
+    _colorbar(panels[len(found) - 1], next(iter(found.values())), norm, frames.errors_told(ds))
     figure = panels[0].figure
     if ax is None:
         when = _when(next(iter(found.values())))
@@ -145,7 +156,8 @@ def blocks(
 def errors(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
     """How well each entry of H-bar is known: its standard error relative to its size; crosses: not told from 0.
 
-    An entry is told from 0 where |D2_st| is more than 2 standard errors.
+    An entry is told from 0 where |D2_st| is more than 2 standard errors. Along the gradient the words beside the
+    colours say which errors those are: unconditional where they are stored, and otherwise with u held fixed.
     """
     array = frames.relative_errors(ds, step)
     values = np.asarray(array.values, dtype=float)
@@ -156,7 +168,9 @@ def errors(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
     _cells(ax, array.copy(data=np.maximum(values, 1e-3)), norm, style.SIZE)
     _marks(ax, values > 1 / style.BAND, "x")
     bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, extend="both")
-    bar.set_label("standard error / |entry|\ncrosses: within 2 standard errors of 0", fontsize="small")
+    note = frames.errors_told(ds)
+    words = ["standard error / |entry|", "crosses: within 2 standard errors of 0", *([f"({note})"] if note else [])]
+    bar.set_label("\n".join(words), fontsize="small")
     ax.set_title(f"Relative standard errors of the pseudo-Hessian, {_when(array)}", fontsize="medium")
     return ax
 
@@ -210,15 +224,16 @@ def _marks(ax: Axes, where: Array, marker: str) -> None:
         ax.scatter(columns + 0.5, rows + 0.5, s=18, marker=marker, color="0.1", linewidth=0.8)
 
 
-def _colorbar(ax: Axes, array: xr.DataArray, norm: Normalize) -> None:
+def _colorbar(ax: Axes, array: xr.DataArray, norm: Normalize, note: str = "") -> None:
     bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, ticks=style.signed_ticks(norm))
     ticks = style.signed_ticks(norm)
     if ticks is not None:
         bar.set_ticks(ticks, labels=[_power(t) for t in ticks])
         bar.ax.minorticks_off()
     units = style.unit(array.attrs["units"])
-    log = "signed log scale\n" if ticks else ""
-    bar.set_label(f"{array.attrs['long_name']} [{units}]\n{log}dots: within 2 standard errors of 0", fontsize="small")
+    words = [f"{array.attrs['long_name']} [{units}]" + (", signed log scale" if ticks else "")]
+    words += ["dots: within 2 standard errors of 0", *([f"({note})"] if note else [])]
+    bar.set_label("\n".join(words), fontsize="small")
 
 
 def _power(value: float) -> str:

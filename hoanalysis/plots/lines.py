@@ -8,6 +8,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from hoanalysis.analysis.contributions import TIMES
 from hoanalysis.analysis.interactions import SHARES, pair_values, shares
 from hoanalysis.analysis.triples import triple_values
 from hoanalysis.plots import frames, style
@@ -50,10 +51,7 @@ def pairs(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, quantity:
     frame = pair_values(ds, top)
     if frame.empty:
         return style.nothing(ax, "there is no pair: one group, or nothing computed")
-    arrow = " \N{MULTIPLICATION SIGN} "
-    names = [
-        style.text(g, 24) + arrow + style.text(h, 24) for g, h in zip(frame["group"], frame["group2"], strict=True)
-    ]
+    names = [TIMES.join(style.text(g, 24) for g in row) for row in frame[["group", "group2"]].values.tolist()]
     frame = frame.assign(pair=names, value=frame[quantity], se=frame[f"{quantity}_se"])
     _family(ax, frame, "pair", linear=quantity == "scale_free")
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
@@ -70,7 +68,7 @@ def triples(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, distinc
     if frame.empty:
         return style.nothing(ax, "there is no triple: fewer than three groups, or nothing computed")
     members = frame[["group", "group2", "group3"]].values.tolist()
-    names = [" \N{MULTIPLICATION SIGN} ".join(style.text(g, 18) for g in row) for row in members]
+    names = [TIMES.join(style.text(g, 18) for g in row) for row in members]
     frame = frame.assign(triple=names, value=frame["scale_free"], se=frame["scale_free_se"])
     _family(ax, frame, "triple")
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
@@ -110,13 +108,20 @@ def merging(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 
 def interaction_shares(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """How much of H-bar lies between groups and between layers, over the steps."""
+    """How much of H-bar lies between groups (full lines) and between layers (dashes), over the steps.
+
+    One colour for the scale-free shares and one for the raw ones. Where the two lines of a colour coincide, all that is
+    off the diagonal lies between layers, and the rings of one stand around the dots of the other.
+    """
     ax = style.axes(ax, 7.5, 3.6)
     found = shares(ds)
     steps = frames.losses(ds)["step"]
-    for k, name in enumerate(SHARES):
-        label = name.replace("_raw", ", raw").replace("_", "-") + ("" if "raw" in name else ", scale-free")
-        _line(ax, steps, np.atleast_1d(found[name].values), np.atleast_1d(found[f"{name}_se"].values), k, label)
+    for name in SHARES:
+        scale, between = int("raw" in name), "block" in name
+        words = f"{'between layers' if between else 'between groups'}, {'raw' if scale else 'scale-free'}"
+        look: dict[str, Any] = {"ls": "--", "ms": 7.5, "mfc": "none", "lw": 1.0} if between else {"ms": 3.5}
+        values, errors = (np.atleast_1d(found[n].values) for n in (name, f"{name}_se"))
+        _line(ax, steps, values, errors, scale, words, **look)
     ax.set_ylim(0, 1)
     frame = pd.DataFrame({"step": steps, "value": np.atleast_1d(found["off_diagonal"].values)})
     return _finish(
@@ -124,10 +129,19 @@ def interaction_shares(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     )
 
 
-def spectrum(ds: xr.Dataset, ax: Axes | None = None, *, used: frames.Used = None, top: int = 8) -> Axes:
-    """Eigenvalues of the Hessian compressed to the directions; beside them 2 / learning rate where ``used`` is given.
+def spectrum(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    used: frames.Used = None,
+    momentum: frames.Used = None,
+    top: int = 8,
+) -> Axes:
+    """Eigenvalues of the Hessian compressed to the directions; beside them 2 (1 + momentum) / learning rate.
 
-    The largest of them is a lower bound on the Hessian's, above 2 / learning rate plain gradient descent is unstable.
+    The largest of them is a lower bound on the Hessian's. Above 2 / rate gradient descent is unstable, and with the
+    momentum mu of a heavy ball above 2 (1 + mu) / rate; other optimizers have other limits. ``used`` is the rate and
+    ``momentum`` mu: a number each, or the training log with the column ``learning_rate`` or ``momentum``.
     """
     frame = frames.eigenvalues(ds)
     ax = style.axes(ax, 7.5, 3.8)
@@ -140,7 +154,7 @@ def spectrum(ds: xr.Dataset, ax: Axes | None = None, *, used: frames.Used = None
         ranks = sorted(frame["rank"].unique())
         kept = ranks if len(ranks) <= top else ranks[: top - 2] + ranks[-2:]
         _family(ax, frame[frame["rank"].isin(kept)].assign(name=frame["rank"].map(lambda r: f"eigenvalue {r}")), "name")
-    _edge(ax, frame, used)
+        _edge(ax, list(frame["step"].unique()), used, momentum)
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     unit = "eigenvalue [loss/parameter$^2$]"
     ax = _finish(ax, unit, "Spectrum of the Hessian compressed to the directions", frame)
@@ -149,21 +163,66 @@ def spectrum(ds: xr.Dataset, ax: Axes | None = None, *, used: frames.Used = None
     return ax
 
 
+def curvature(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    hessian: xr.Dataset | None = None,
+    used: frames.Used = None,
+    momentum: frames.Used = None,
+) -> Axes:
+    """The largest and the lowest eigenvalue of the full Hessian beside the edge of stability, over the steps.
+
+    ``hessian`` is what `hoanalysis.curvature(problem, checkpoint=run)` returned; without it what the Dataset holds
+    (``curvature`` in the study). Where there is neither, the extremes along the groups, which lie within. ``used`` and
+    ``momentum`` as for `spectrum`.
+    """
+    ax = style.axes(ax, 7.5, 3.8)
+    frame = frames.extremes(ds, hessian)
+    if frame["value"].isna().all():
+        return style.nothing(ax, "no curvature: nothing computed")
+    steps = list(dict.fromkeys(frame["step"]))
+    limits = frames.edge(steps, used, momentum)
+    style.signed_axis(ax, "y", np.append(frame["value"].to_numpy(float), [] if limits is None else limits))
+    full = frame["quantity"].str.contains("of the Hessian").any()
+    for name, part in frame.groupby("quantity", sort=False):
+        look: dict[str, Any] = {} if "of the Hessian" in str(name) else {"ls": ":", "ms": 2.5}
+        _line(ax, part["step"], part["value"], part["se"], int("lowest" in str(name)), str(name), **look)
+    _edge(ax, steps, used, momentum)
+    ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    title = "Curvature of the loss" + ("" if full else " along the groups")
+    return _finish(ax, "eigenvalue [loss/parameter$^2$]", title, frame)
+
+
 def _single(frame: pd.DataFrame) -> bool:
     return len(frame["step"].unique()) == 1
 
 
-def _edge(ax: Axes, frame: pd.DataFrame, used: frames.Used) -> None:
-    steps = list(frame["step"].unique())
-    rates = [frames.used_at(used, step) for step in steps]
-    if None in rates or _single(frame):
+def _edge(ax: Axes, steps: list[Any], used: frames.Used, momentum: frames.Used) -> None:
+    plain, limits = frames.edge(steps, used), frames.edge(steps, used, momentum)
+    if plain is None or limits is None:
         return
-    ax.plot(steps, [2 / float(r or np.nan) for r in rates], color=style.USED, ls="--", lw=1, label="2 / learning rate")
+    look: dict[str, Any] = {"color": style.USED, "lw": 1, "marker": "" if len(steps) > 1 else "_"}
+    ax.plot(steps, plain, ls="--", label="2 / learning rate", **look)
+    if momentum is not None:
+        mu = (limits / plain - 1)[np.isfinite(plain)]
+        told = f"{mu[0]:.2g}" if np.ptp(mu) < 1e-9 else "momentum"
+        ax.plot(steps, limits, ls="-.", label=f"2 (1 + {told}) / learning rate", **look)
 
 
-def taylor(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None, eta: xr.DataArray | None = None) -> Axes:
-    """The predicted change of the loss along ``eta``, by order; by default minus the plain learning rates."""
-    frame = frames.along_step(ds, step, eta)
+def taylor(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    step: Any = None,
+    eta: xr.DataArray | None = None,
+    regularization: frames.Step = None,
+) -> Axes:
+    """The predicted change of the loss along ``eta``, by order; by default minus the learning rates.
+
+    ``regularization`` is theirs, as in `learning_rates`: ``"taylor"`` for the Taylor step.
+    """
+    frame = frames.along_step(ds, step, eta, regularization=regularization)
     ax = style.axes(ax, 7.5, 3.8)
     if frame["value"].isna().all():
         return style.nothing(ax, "no prediction: the learning rates of this checkpoint are not available")
@@ -176,7 +235,10 @@ def taylor(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None, eta: xr.
         ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
     when = frames.step_of(frames.at_step(ds, step))
     place = "" if when is None else f", step {when}"
-    move = "the learning rates" if eta is None else "the given move"
+    how = {None: "the learning rates", "taylor": "the Taylor step"}.get(
+        regularization, f"the learning rates ({regularization})"
+    )
+    move = how if eta is None else "the given move"
     ax = _finish(ax, "predicted change of the loss [loss]", f"Taylor prediction along {move}{place}", frame)
     ax.set_xlabel("multiple of the move [no unit]")
     return ax
@@ -191,10 +253,10 @@ def _family(ax: Axes, frame: pd.DataFrame, by: str, linear: bool = False) -> Non
         _line(ax, part["step"], part["value"], part["se"], k, name)
 
 
-def _line(ax: Axes, x: Any, y: Any, se: Any, k: int, label: str, marker: str = "o") -> None:
+def _line(ax: Axes, x: Any, y: Any, se: Any, k: int, label: str, **look: Any) -> None:
     x, y, se = (np.asarray(v, dtype=float) for v in (x, y, se))
     colour, dash = style.PALETTE[k % len(style.PALETTE)], ["-", "--", ":"][k // len(style.PALETTE) % 3]
-    ax.plot(x, y, color=colour, ls=dash, lw=1.5, marker=marker, ms=3.5, label=label)
+    ax.plot(x, y, label=label, **{"color": colour, "ls": dash, "lw": 1.5, "marker": "o", "ms": 3.5, **look})
     if len(x) == 1:
         ax.errorbar(x, y, yerr=style.BAND * np.nan_to_num(se), color=colour, lw=1.2)
     elif np.isfinite(se).any():
@@ -209,5 +271,7 @@ def _finish(ax: Axes, unit: str, title: str, frame: pd.DataFrame) -> Axes:
     ax.set_axisbelow(True)
     if "step" in frame and _single(frame) and "tau" not in frame:
         ax.set_xticks([float(frame["step"].iloc[0])], labels=[str(frame["step"].iloc[0])])
+    elif "step" in frame:
+        style.step_axis(ax, frame["step"].to_numpy(float))
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small", frameon=False)
     return ax

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,7 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 USED = "0.35"
 BAND = 2.0  # standard errors on each side, in bars and bands
 DECADES = 4
+UNEVEN = 5.0  # the ratio of gaps between checkpoints from which a true axis would squeeze the small ones
 
 
 def axes(ax: Axes | None, width: float, height: float) -> Axes:
@@ -144,6 +146,36 @@ class _Sparse(SymmetricalLogLocator):
         count = int(np.ceil(np.log10(outer / self._threshold))) + 1
         powers = self._threshold * 10.0 ** np.arange(1 if self._stride > 1 else 0, count, self._stride)
         return [*(-powers[::-1]), 0.0, *powers]
+
+
+def step_axis(ax: Axes, steps: Array, most: int = 10) -> None:
+    """The x axis over checkpoints: where their gaps differ much, checkpoints stand side by side, evenly spaced.
+
+    Single steps around a break, between checkpoints of whole epochs, would be a vertical line otherwise. Data stay in
+    steps: what lies between two checkpoints (of the log, say) is drawn in proportion.
+    """
+    knots = np.unique(np.asarray(steps, dtype=float))
+    gaps = np.diff(knots)
+    if len(knots) < 4 or gaps.max() <= UNEVEN * gaps.min():
+        return
+    place = np.arange(len(knots), dtype=float)
+    ax.set_xscale("function", functions=(_through(knots, place), _through(place, knots)))
+    shown = knots[:: -(-len(knots) // most)]
+    ax.set_xticks(shown, labels=[f"{step:g}" for step in shown], minor=False)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("step (checkpoints evenly spaced)")
+
+
+def _through(x: Array, y: Array) -> Callable[[Any], Array]:
+    """The piecewise linear function through these points, continued beyond them."""
+
+    def function(values: Any) -> Array:
+        v = np.asarray(values, dtype=float)
+        inside = np.interp(v, x, y)
+        below, above = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+        return inside + np.minimum(v - x[0], 0.0) * below + np.maximum(v - x[-1], 0.0) * above
+
+    return function
 
 
 def nothing(ax: Axes, message: str) -> Axes:
