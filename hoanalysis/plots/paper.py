@@ -1,0 +1,105 @@
+"""H-bar and its inverse as the paper's Figures 1 and 2 show them: WW, BB and WB submatrices, one row a matrix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+
+from hoanalysis import schema
+from hoanalysis.analysis.arrays import error_of, require, step_labels
+from hoanalysis.analysis.inverse import Which
+from hoanalysis.analysis.inverse import blocks as blocks_of
+from hoanalysis.plots import frames, style
+from hoanalysis.plots.heatmaps import _cells, _dots, _power
+
+NAMES = {"H": r"$\bar{\mathbf{H}}$", "inverse": r"$\bar{\mathbf{H}}^{-1}$", "scale_free": "scale-free"}
+ERRORS = (1e-3, 10.0)  # relative standard errors at the ends of the colours
+
+
+def submatrices(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    which: Sequence[Which] = ("H", "inverse"),
+    steps: Sequence[Any] | None = None,
+    names: Mapping[Any, str] | None = None,
+    scale: str | None = None,
+    errors: bool = False,
+) -> Axes:
+    """The submatrices of H-bar and of its inverse, by kind of parameter, at several checkpoints.
+
+    One row for each matrix of ``which`` and each of ``steps`` (the first and the last computed one by default), one
+    column for each pair of kinds, WW, BB and WB first; every panel has colours of its own, since weights and biases are
+    orders of magnitude apart. White is near zero, dark red large and positive, dark blue large and negative; dots mark
+    entries within 2 standard errors of 0, grey cells groups without effect. ``names`` says how to call a step,
+    ``scale`` is ``"linear"`` or ``"log"`` (by default log where a linear scale would be white). The blocks of the
+    inverse are blocks of it, not inverses of blocks. ``errors`` shows standard error / |entry| instead.
+
+    Returns the axes of the first panel. Source: arXiv 2312.03885, Figures 1 and 2.
+    """
+    require(ds, "D1", "D2")
+    chosen = [frames.at_step(ds, s) for s in steps] if steps is not None else frames.first_and_last(ds)
+    rows = [(matrix, one, blocks_of(one, matrix)) for matrix in which for one in chosen]
+    columns = max(len(found) for _, _, found in rows)
+    side = 0.28 * max(max(a.shape) for _, _, found in rows for a in found.values()) + 0.9
+    width, height = columns * (max(side, 2.0) + 0.8) + 1.4, len(rows) * max(side, 2.0) + 0.4
+    panels = style.split(style.axes(ax, width, height), len(rows), columns)
+    for i, (matrix, one, found) in enumerate(rows):
+        _row(panels[i * columns : (i + 1) * columns], matrix, one, found, names or {}, scale, errors)
+    return panels[0]
+
+
+def _row(
+    panels: list[Axes],
+    matrix: Which,
+    one: xr.Dataset,
+    found: Mapping[str, xr.DataArray],
+    names: Mapping[Any, str],
+    scale: str | None,
+    errors: bool,
+) -> None:
+    for ax, (block, array) in zip(panels, found.items(), strict=False):
+        named = array.assign_coords(_layers(array))
+        values, error = np.asarray(array.values, float), np.asarray(error_of(array).values, float)
+        if errors:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                named = named.copy(data=np.maximum(error / np.abs(values), ERRORS[0]))
+            _cells(ax, named, LogNorm(*ERRORS, clip=True), style.SIZE)
+            bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=14, pad=0.02, extend="both")
+            bar.set_label("se / |entry|", fontsize="small")
+        else:
+            norm = style.signed_norm(values, scale or style.auto_scale(values))
+            _cells(ax, named, norm, style.SIGNED)
+            _bar(ax, norm, style.unit(str(array.attrs["units"])))
+        _dots(ax, values, error)
+        ax.set_title(f"{block} ({style.text(array.attrs.get('block', 'all groups'))})", fontsize="small")
+    for ax in panels[len(found) :]:
+        ax.set_axis_off()
+    step = step_labels(one)[0]
+    when = names.get(step, f"step {step}")
+    panels[0].set_ylabel(f"{NAMES[matrix]}\n{when}", rotation=0, ha="right", va="center")
+
+
+def _bar(ax: Axes, norm: Normalize, units: str) -> None:
+    bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=14, pad=0.02)
+    ticks = style.signed_ticks(norm)
+    if ticks is not None:  # five labels fit beside a small panel
+        top = max(ticks)
+        shown = [-top, -top * 1e-2, 0.0, top * 1e-2, top]
+        bar.set_ticks(shown, labels=[_power(t) for t in shown])
+        bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize="small")
+    bar.set_label(units, fontsize="small")
+
+
+def _layers(array: xr.DataArray) -> dict[str, Any]:
+    """The groups of a block named by their layers, where that tells them apart."""
+    out = {}
+    for dim in (schema.GROUP, schema.group_dim(1)):
+        short = [str(g).rpartition(".")[0] or str(g) for g in array[dim].values]
+        if len(set(short)) == len(short):
+            out[dim] = (dim, np.array(short))
+    return out
