@@ -35,6 +35,10 @@ def summaries(images: data.Batches, checkpoint: Checkpoint, n: int, draw: int) -
     return ds.assign_coords(images=n, draw=draw, step=checkpoint.step)
 
 
+def along(dim: str, parts: list[xr.Dataset]) -> xr.Dataset:
+    return xr.concat(parts, dim, coords="different", compat="equals", join="exact")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where CIFAR-10 and lenet5-cifar10 are")
@@ -44,11 +48,11 @@ def main() -> None:
     images = data.cifar10(given.root, batch_size=125)
     at = {s: ho.load_checkpoint(given.root / "lenet5-cifar10" / f"step_{s:05d}.safetensors") for s in STEPS}
     grid = [
-        xr.concat([xr.concat([summaries(images, at[s], n, d) for d in range(DRAWS)], "draw") for n in IMAGES], "images")
+        along("images", [along("draw", [summaries(images, at[s], n, d) for d in range(DRAWS)]) for n in IMAGES])
         for s in STEPS
     ]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    export(xr.concat(grid, "step"), given.out)
+    export(along("step", grid), given.out)
 
 
 if __name__ == "__main__":

@@ -211,3 +211,48 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for v in VERDICTS:
         out[v] = grouped["verdict"].agg(lambda column, v=v: int((column == v).sum()))
     return out
+
+
+# ---- in words -----------------------------------------------------------------------------------------------------
+
+
+def written(value: float, half: float) -> str:
+    """A value with the half width of its interval, where it has one.
+
+    >>> written(0.71294, 0.00123), written(3.3e-16, float("nan"))
+    ('0.7129 ± 0.0012', '3.3e-16')
+    """
+    if not np.isfinite(half):
+        return f"{value:.2g}"
+    if half == 0:
+        return f"{value:.3g} ± 0"
+    digits = int(max(0, 1 - np.floor(np.log10(half))))
+    return f"{value:.{digits}f} ± {half:.{digits}f}"
+
+
+def threshold(holds: float, fails: float) -> str:
+    """From where on a claim holds, and from where on it does not.
+
+    >>> threshold(0.5, 0.25), threshold(1e-6, 1e-3)
+    ('holds ≥ 0.5, does not < 0.25', 'holds ≤ 1e-06, does not > 0.001')
+    """
+    up, down = ("≥", "<") if holds > fails else ("≤", ">")
+    return f"holds {up} {holds:g}, does not {down} {fails:g}"
+
+
+def by_images(ds: xr.Dataset) -> pd.DataFrame:
+    """The claims about LeNet-5 for every batch behind u: mean and standard deviation over draws, verdicts counted.
+
+    ``ds`` is what benchmarks/behind_u.py stored, D1 and D2 over (step, images, draw).
+    """
+    rows, (listed, _) = [], claims()
+    for claim in (c for c in listed if "lenet" in c["cases"]):
+        for step in ds.step.values:
+            for n in ds.images.values:
+                ones = [ds.sel(step=step, images=n).isel(draw=d) for d in range(ds.sizes["draw"])]
+                values = np.array([measured(one, claim["statistic"], claim["matrix"])[0] for one in ones])
+                told = [verdict(v, 0.0, claim["holds"], claim["fails"]) for v in values]
+                row = {"claim": claim["claim"], "epoch": int(step) // STEPS_PER_EPOCH, "images behind u": int(n)}
+                row["mean ± sd"] = f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+                rows.append(row | {v: told.count(v) for v in VERDICTS})
+    return pd.DataFrame(rows).set_index(["claim", "epoch", "images behind u"])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -70,3 +72,30 @@ def exponent(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     slope = float(away @ b / (away @ away))
     residual = b - b.mean() - slope * away
     return slope, float(np.sqrt(residual @ residual / (len(a) - 2) / (away @ away)))
+
+
+def exponents(ds: xr.Dataset, last: int = 4) -> pd.DataFrame:
+    """How time, memory and size of benchmarks/table1.py grow: exponents of P and S over the ``last`` models computed.
+
+    One row a method and order, one column a quantity and sweep, each ``exponent +- standard error`` in words.
+    """
+    rows = {}
+    for method in ds.method.values:
+        for order in ds.order.values:
+            row = {}
+            for sweep in ("P", "S"):
+                x = ds[f"{sweep}_{sweep}"].values
+                for quantity in ("entries", "seconds", "bytes"):
+                    y = ds[f"{quantity}_{sweep}"].sel(method=method, order=order).values
+                    computed = np.isfinite(ds[f"seconds_{sweep}"].sel(method=method, order=order).values) & (y > 0)
+                    chosen = np.flatnonzero(computed)[-last:]
+                    slope, error = exponent(x[chosen], y[chosen])
+                    row[f"{quantity} ~ {sweep}"] = "-" if np.isnan(slope) else f"{slope:.2f} ± {error:.2f}"
+            rows[str(method), int(order)] = row
+    return pd.DataFrame(rows).T.rename_axis(["method", "order"])
+
+
+def opened(path: str | Path) -> xr.Dataset:
+    """A stored measurement, in memory."""
+    with xr.open_dataset(path, engine="h5netcdf") as ds:
+        return ds.load()

@@ -8,6 +8,7 @@ from hoanalysis.plots.dots import differences, learning_rates, regularizer, tayl
 from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import curvature, loss, merging, pairs, spectrum, taylor, trajectories, triples
 from hoanalysis.plots.lines import interaction_shares as shares
+from hoanalysis.plots.paper import submatrices
 from hoanalysis.plots.weights import flatness, laplace, reinitialization, saliency
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "saliency",
     "shares",
     "spectrum",
+    "submatrices",
     "taylor",
     "taylor_step",
     "third",

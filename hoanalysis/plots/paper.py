@@ -42,14 +42,25 @@ def submatrices(
     """
     require(ds, "D1", "D2")
     chosen = [frames.at_step(ds, s) for s in steps] if steps is not None else frames.first_and_last(ds)
-    rows = [(matrix, one, blocks_of(one, matrix)) for matrix in which for one in chosen]
+    rows = [(matrix, one, _named(blocks_of(one, matrix))) for matrix in which for one in chosen]
+    everything = [a for _, _, found in rows for a in found.values()]
+    if not any(np.isfinite(a.values).any() for a in everything):
+        message = f"{everything[0].attrs['long_name']}: nothing computed at these checkpoints"
+        return style.nothing(style.axes(ax, 5.0, 3.0), message)
     columns = max(len(found) for _, _, found in rows)
-    side = 0.28 * max(max(a.shape) for _, _, found in rows for a in found.values()) + 0.9
-    width, height = columns * (max(side, 2.0) + 0.8) + 1.4, len(rows) * max(side, 2.0) + 0.4
-    panels = style.split(style.axes(ax, width, height), len(rows), columns)
+    width, height = _panel(everything)
+    panels = style.split(style.axes(ax, columns * width + 1.2, len(rows) * height + 0.2), len(rows), columns)
     for i, (matrix, one, found) in enumerate(rows):
         _row(panels[i * columns : (i + 1) * columns], matrix, one, found, names or {}, scale, errors)
     return panels[0]
+
+
+def _panel(arrays: Sequence[xr.DataArray]) -> tuple[float, float]:
+    """Inches for one panel: cells, the longest label on both sides, the colour bar."""
+    n = max(max(a.shape) for a in arrays)
+    label = 0.075 * max(len(style.text(g)) for a in arrays for dim in a.dims for g in a[dim].values)
+    cells = min(max(0.3 * n, 1.7), 11.0)
+    return cells + label + 1.1, cells + label + 0.5
 
 
 def _row(
@@ -62,17 +73,16 @@ def _row(
     errors: bool,
 ) -> None:
     for ax, (block, array) in zip(panels, found.items(), strict=False):
-        named = array.assign_coords(_layers(array))
         values, error = np.asarray(array.values, float), np.asarray(error_of(array).values, float)
         if errors:
             with np.errstate(divide="ignore", invalid="ignore"):
-                named = named.copy(data=np.maximum(error / np.abs(values), ERRORS[0]))
-            _cells(ax, named, LogNorm(*ERRORS, clip=True), style.SIZE)
+                array = array.copy(data=np.maximum(error / np.abs(values), ERRORS[0]))
+            _cells(ax, array, LogNorm(*ERRORS, clip=True), style.SIZE)
             bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=14, pad=0.02, extend="both")
             bar.set_label("se / |entry|", fontsize="small")
         else:
             norm = style.signed_norm(values, scale or style.auto_scale(values))
-            _cells(ax, named, norm, style.SIGNED)
+            _cells(ax, array, norm, style.SIGNED)
             _bar(ax, norm, style.unit(str(array.attrs["units"])))
         _dots(ax, values, error)
         ax.set_title(f"{block} ({style.text(array.attrs.get('block', 'all groups'))})", fontsize="small")
@@ -95,8 +105,12 @@ def _bar(ax: Axes, norm: Normalize, units: str) -> None:
     bar.set_label(units, fontsize="small")
 
 
+def _named(found: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+    """The blocks with their groups named by layer, where that tells them apart: a block has one kind on each side."""
+    return {block: array.assign_coords(_layers(array)) for block, array in found.items()}
+
+
 def _layers(array: xr.DataArray) -> dict[str, Any]:
-    """The groups of a block named by their layers, where that tells them apart."""
     out = {}
     for dim in (schema.GROUP, schema.group_dim(1)):
         short = [str(g).rpartition(".")[0] or str(g) for g in array[dim].values]
