@@ -6,6 +6,10 @@ Importing this package needs no torch; what needs it is loaded on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hoanalysis import _early
+
+_early.guard()
+
 from hoanalysis import accessor as accessor  # registers ds.ho
 from hoanalysis import errors as errors
 from hoanalysis._version import __version__ as __version__
@@ -14,9 +18,11 @@ if TYPE_CHECKING:
     from hoanalysis import analysis as analysis
     from hoanalysis import data as data
     from hoanalysis import models as models
+    from hoanalysis import optim as optim
     from hoanalysis import plots as plots
     from hoanalysis.checkpoints import load_checkpoint as load_checkpoint
     from hoanalysis.checkpoints import open_run as open_run
+    from hoanalysis.explorer import explore as explore
     from hoanalysis.hessian import curvature as curvature
     from hoanalysis.partitions import Partition as Partition
     from hoanalysis.problem import Problem as Problem
@@ -31,6 +37,7 @@ _WHERE = {
     "Partition": "partitions",
     "Problem": "problem",
     "curvature": "hessian",
+    "explore": "explorer",
     "load_checkpoint": "checkpoints",
     "open_dataset": "store",
     "open_run": "checkpoints",
@@ -40,7 +47,7 @@ _WHERE = {
     "summarize_run": "summaries",
     "taylor_terms": "summaries",
 }
-_MODULES = ("analysis", "data", "models", "plots")
+_MODULES = ("analysis", "data", "models", "optim", "plots")
 
 __all__ = [
     "Partition",
@@ -50,11 +57,13 @@ __all__ = [
     "curvature",
     "data",
     "errors",
+    "explore",
     "load_checkpoint",
     "models",
     "open_dataset",
     "open_run",
     "open_store",
+    "optim",
     "plots",
     "report",
     "summarize",

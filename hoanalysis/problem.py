@@ -16,6 +16,7 @@ import functools
 import hashlib
 import random
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import checkpoint as checkpointing
 
-from hoanalysis import losses
+from hoanalysis import culprits, losses
 from hoanalysis.checkpoints import Checkpoint, fit
-from hoanalysis.errors import ArgumentError, DataError, LossError, ModelError, listed
+from hoanalysis.errors import ArgumentError, DataError, HoError, LossError, ModelError, listed
 from hoanalysis.partitions import describe_parameters
 
 Batch = Any
@@ -116,6 +117,7 @@ class Problem:
         self.cache: dict[Any, Any] = {}
         self._splittable: tuple[tuple, bool] | None = None
         self._rows_checked: int | None = None  # batches on which an inferred mean over rows was confirmed
+        culprits.refuse_unready(self.model)
         self._refuse_dropout()
         self._size = batch_size or self._inferred_size()
 
@@ -132,7 +134,8 @@ class Problem:
 
         Tensors of ``weights`` that the model does not have are ignored here: fitting a checkpoint is the loader's job.
         """
-        self._refuse_dropout()  # the model's mode may have changed since the last call
+        self._refuse_dropout()  # the model's mode and hooks may have changed since the last call
+        culprits.refuse_hooks(self.model)
         selected, _ = describe_parameters(self.model, include_frozen)
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         weights = weights or {}
@@ -184,7 +187,13 @@ class Problem:
         buffers = {n: t.clone() for n, t in state.fixed.items()}
         swapped = {f"model.{n}": t for n, t in {**buffers, **parameters}.items()}
         device = next(iter(parameters.values())).device.type if parameters else "cpu"
-        with torch.enable_grad(), torch.autocast(device, enabled=False), keep_random_state(), without_checkpointing():
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            keep_random_state(),
+            without_checkpointing(),
+            _without_compiling(),
+        ):
             value = functional_call(_Call(self.model, self._user_loss(state.dtype)), swapped, (batch,))
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -198,7 +207,16 @@ class Problem:
 
     def size(self, batch: Batch) -> float:
         """w_b: the denominator of the batch's mean."""
-        w = float(self._size(batch))
+        try:
+            w = float(self._size(batch))
+        except HoError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the size of a batch could not be told: {type(error).__name__}: {error}",
+                why=f"batch_size= is {describe_callable(self._size)}",
+                do="let batch_size(batch) return the denominator of the batch's mean, a number",
+            ) from error
         if not (np.isfinite(w) and w > 0):
             raise DataError(
                 f"a batch has size {w:g}",
@@ -260,15 +278,17 @@ class Problem:
         Raises
         ------
         DataError
-            Where there is no batch, or another number of them than in the pass before.
+            Where there is no batch, another number of them than in the pass before, or another batch in a place.
         """
-        count = 0
+        count, digests = 0, self.cache.setdefault("batch digests", [])
         with keep_random_state():
-            for batch in self.data:
+            for batch in _loaded(self.data):
                 if max_batches is not None and count >= max_batches:
                     break
+                culprits.refuse_strange(tensors_of(batch), f"batch {count}")
                 if count_rows(batch) == 0:
                     raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
+                self._check_same(batch, count, digests)
                 self._check_by_rows(batch, count)
                 yield batch
                 count += 1
@@ -309,17 +329,11 @@ class Problem:
         """
         key = ("data fingerprint", max_batches)
         if key not in self.cache:
-            digests = [batch_digest(b) for b in self.batches(max_batches)]
+            count = sum(1 for _ in self.batches(max_batches))
             with keep_random_state():  # another seed, since a pass keeps the random state that it started from
                 _seed_everything(1)
-                again = batch_digest(next(iter(self.batches(1))))
-            if again != digests[0]:
-                raise DataError(
-                    "a second pass over the data gives other batches",
-                    why="the loader shuffles, or augments at random",
-                    do="use shuffle=False and a fixed transform: sums over the data must mean the same each time",
-                )
-            self.cache[key] = hashlib.sha256("".join(digests).encode()).hexdigest()
+                next(iter(self.batches(1)))
+            self.cache[key] = hashlib.sha256("".join(self.cache["batch digests"][:count]).encode()).hexdigest()
         return self.cache[key]
 
     def description(self) -> dict[str, Any]:
@@ -412,6 +426,20 @@ class Problem:
             do="pass batch_size=lambda batch: the denominator of the batch's mean",
         )
 
+    @staticmethod
+    def _check_same(batch: Batch, index: int, digests: list[str]) -> None:
+        """Every pass must give the batches of the first one: what is cached and what is summed belong together."""
+        digest = batch_digest(batch)
+        if index == len(digests):
+            digests.append(digest)
+        elif index < len(digests) and digests[index] != digest:
+            raise DataError(
+                "a second pass over the data gives other batches",
+                where=f"batch {index}",
+                why="the loader shuffles or augments at random, or the data were changed since they were given",
+                do="use shuffle=False and a fixed transform; after a change of the data make a new Problem",
+            )
+
     def _check_by_rows(self, batch: Batch, index: int) -> None:
         """A loss that was taken for a mean over rows on the first batch must be one on every other: checked once."""
         if self._rows_checked is None or index < self._rows_checked:
@@ -432,6 +460,30 @@ def _plain(module: nn.Module) -> Iterator[tuple]:
             yield name, value
         elif isinstance(value, Tensor):
             yield name, id(value), value._version
+
+
+def _loaded(data: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of one pass; what the user's loader raises names the batch."""
+    count, iterator = 0, None
+    while True:
+        try:
+            iterator = iter(data) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except HoError:
+            raise
+        except Exception as error:
+            raise culprits.of_data(error, f"batch {count}") from error
+        yield batch
+        count += 1
+
+
+def _without_compiling() -> contextlib.AbstractContextManager:
+    """Compiled submodules run as they were written: what torch.compile makes of them is differentiated once at most."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; to look would import it
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
@@ -549,7 +601,7 @@ def _feed(h: Any, batch: Batch, seen: set[int]) -> None:
     h.update(f"{type(batch).__name__};".encode())
     if isinstance(batch, Tensor):
         h.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
-        h.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(batch, (str, bytes, int, float, complex, np.generic, types.NoneType)):
         h.update(f"{batch!r};".encode())
     elif isinstance(batch, Mapping):
@@ -675,16 +727,21 @@ def _mode_matters(m: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def naming_batch(index: int) -> Iterator[None]:
-    """Errors of one batch with its number; an index that torch finds out of range (a label) is a `DataError`."""
+    """Errors of one batch with its number; an index that torch finds out of range (a label) is a `DataError`.
+
+    What else the user's model or loss raises is a `ModelError` or a `LossError` that names module and line.
+    """
     try:
         yield
     except DataError as error:
         if error.where:
             raise
         raise DataError(error.what, where=f"batch {index}", why=error.why, do=error.do, kept=error.kept) from error
-    except (IndexError, RuntimeError) as error:
-        if not re.search(r"out of (bounds|range)", str(error)):
+    except Exception as error:
+        if not culprits.foreign(error):
             raise
+        if not isinstance(error, (IndexError, RuntimeError)) or not re.search(r"out of (bounds|range)", str(error)):
+            raise culprits.of_call(error, f"batch {index}") from error
         raise DataError(
             f"a batch holds an index that is out of range: {error}",
             where=f"batch {index}",

@@ -18,7 +18,12 @@ _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16
 
 def rounding(ds: xr.Dataset) -> float:
     """The unit of rounding of the dtype that computed the summaries."""
-    return _EPS.get(str(ds.attrs.get("dtype", "")).removeprefix("torch."), _EPS["float64"])
+    return eps_of(ds.attrs.get("dtype", ""))
+
+
+def eps_of(dtype: object) -> float:
+    """The unit of rounding of a dtype by its name, as torch and numpy write it; of float64 for one that is unknown."""
+    return _EPS.get(str(dtype).removeprefix("torch."), _EPS["float64"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""What a step knows of the loss: g-bar, H-bar and the diagonal of D3 at the current weights, along the current u.
+
+They are measured on batches of their own, the next ones of the problem's data in an endless cycle, and may be moving
+averages:
+
+    x_t = (beta x_(t-1) + (1 - beta) m_t) / (normalization),   m_t the mean over the latest batches
+
+with Adam's correction of the start, so that the first x is the first m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoanalysis import schema
+from hoanalysis.derivatives import engines, heap
+from hoanalysis.derivatives.common import BatchDerivatives, Request, displaced
+from hoanalysis.derivatives.tangents import TangentsUnsupported
+from hoanalysis.directions import group_norms
+from hoanalysis.errors import DataError
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import Batch, Problem, State, count_rows, keep_random_state
+
+Array = np.ndarray
+IDENTITY = "training"  # weights that change all the time: a captured program is compared with eager PyTorch once
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tensors by the schema's names, with those that leaving out one batch would give, and the norms of u."""
+
+    tensors: Mapping[str, Array]
+    without_one: tuple[Mapping[str, Array], ...]
+    norms: Array
+
+
+@dataclass
+class Information:
+    """Measures ``request`` over ``batches`` batches at a time, averaged with the coefficient ``average``."""
+
+    problem: Problem
+    partition: Partition
+    request: Request
+    average: float = 0.0
+    batches: int = 1
+    engine: str = "auto"
+    memory: int = 2 * 2**30
+    #: What was noted on the way, such as why the nested engine was taken.
+    notes: list[str] = field(default_factory=list)
+    #: How many batches were used since the start.
+    used: int = 0
+    _sums: dict[str, Array] = field(default_factory=dict)
+    _weight: float = 0.0
+    _stream: Iterator[Batch] | None = None
+    _latest: list[tuple[float, Batch, float]] = field(default_factory=list)  # weight, batch, its loss
+
+    def measure(self, direction: Mapping[str, Tensor]) -> Known:
+        """The information at the model's weights along u.
+
+        Raises
+        ------
+        NumericsError
+            Where a derivative is not finite.
+        DataError
+            Where the problem's data has no batches.
+        """
+        dtype = self.problem.upcast()
+        state = self.problem.state(dtype=dtype)
+        u = {n: direction[n].to(p) for n, p in state.parameters.items()}
+        weights, found, self._latest = [], [], []
+        with heap.reused(), torch.enable_grad():
+            for _ in range(self.batches):
+                raw = self._next()
+                batch = self.problem.cast(raw, state.dtype)
+                result = self._derivatives(state, u, batch)
+                engines.check_finite(result, f"batch {self.used - 1} of the information")
+                weights.append(self.problem.size(raw))
+                found.append(self._values(result, weights[-1]))
+                self._latest.append((weights[-1], batch, result.loss))
+        return self._averaged(np.array(weights), found, group_norms(u, self.partition))
+
+    def change(self, u: Mapping[str, Tensor], eta: Array) -> float:
+        """L(theta - sum_s eta_s U^s) - L(theta), the mean over the latest batches."""
+        state = self.problem.state(dtype=self.problem.upcast())
+        moved = displaced(state.parameters, u, self.partition, torch.as_tensor(-eta))
+        total = 0.0
+        for weight, batch, before in self._latest:
+            with torch.no_grad():
+                after = float(self.problem.batch_value(moved, state, batch))
+            total += (after - before) * (1.0 if self.problem.reduction == "sum" else weight)
+        return total / sum(weight for weight, _, _ in self._latest)
+
+    def _values(self, result: BatchDerivatives, size: float) -> dict[str, Array]:
+        """Means over the terms of a batch, whatever its reduction."""
+        scale = 1 / size if self.problem.reduction == "sum" else 1.0
+        named = {schema.derivative(d): t for d, t in result.tensors.items()}
+        named |= {schema.diagonal(d): t for d, t in result.diagonals.items()}
+        return {k: scale * t.numpy() for k, t in named.items()}
+
+    def _averaged(self, weights: Array, found: list[dict[str, Array]], norms: Array) -> Known:
+        def mean(kept: list[int]) -> dict[str, Array]:
+            total = weights[kept].sum()
+            return {k: sum(weights[i] * found[i][k] for i in kept) / total for k in found[0]}  # type: ignore[misc]
+
+        def joined(new: Mapping[str, Array]) -> dict[str, Array]:
+            old = self.average
+            return {k: old * self._sums[k] + (1 - old) * x if self._sums else (1 - old) * x for k, x in new.items()}
+
+        everything = list(range(len(found)))
+        left_out = [joined(mean([j for j in everything if j != i])) for i in everything] if len(found) > 1 else []
+        self._sums, self._weight = joined(mean(everything)), self.average * self._weight + 1 - self.average
+        tensors = {k: x / self._weight for k, x in self._sums.items()}
+        return Known(tensors, tuple({k: x / self._weight for k, x in one.items()} for one in left_out), norms)
+
+    def _derivatives(self, state: State, u: Mapping[str, Tensor], batch: Batch) -> BatchDerivatives:
+        task = engines.Task(self.problem, state, u, self.partition, self.request, self.memory, IDENTITY)
+        try:
+            result = engines.choose(task, self.engine, check_all=False).batch(batch)
+        except TangentsUnsupported as reason:
+            result = engines.fall_back(task, self.engine, reason).batch(batch)
+            self.engine = "nested"
+        self.notes += [note for note in task.notes if note not in self.notes]
+        return result
+
+    def _next(self) -> Batch:
+        with keep_random_state():  # a loader draws a seed for each pass: training must not depend on how often
+            if self._stream is None:
+                self._stream = self._cycle()
+            self.used += 1
+            return next(self._stream)
+
+    def _cycle(self) -> Iterator[Batch]:
+        while True:
+            empty = True
+            for batch in self.problem.data:
+                if count_rows(batch):
+                    empty = False
+                    yield batch
+            if empty:
+                raise DataError("the problem's data has no batches", do="check the path, the subset and the loader")
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"used": self.used, "weight": self._weight, "sums": {k: x.copy() for k, x in self._sums.items()}}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where a run was saved: with its averages, and after as many batches."""
+        self._sums = {k: np.array(x, dtype=float) for k, x in saved["sums"].items()}
+        self._weight, self._stream, self.used = saved["weight"], None, 0
+        for _ in range(saved["used"]):
+            self._next()

@@ -1,0 +1,300 @@
+"""`SummaryNewton`: one learning rate per group of parameters, asked from the loss itself every few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoanalysis import partitions
+from hoanalysis.analysis.groups import eps_of
+from hoanalysis.analysis.regularized import Regularization, check
+from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.engines import ENGINES
+from hoanalysis.directions import group_norms
+from hoanalysis.errors import ArgumentError, NumericsError, listed
+from hoanalysis.optim.descent import Descent
+from hoanalysis.optim.information import Information
+from hoanalysis.optim.updates import Update, resolve
+from hoanalysis.partitions import Partition
+from hoanalysis.problem import Problem
+
+NEGATIVE = ("keep", "clip")
+SUFFICIENT = 0.1  # of the decrease that the slope alone would give; half of it is what a quadratic gives
+EXTRA = "summary_newton"  # the entry of the state_dict that torch.optim.Optimizer does not know
+
+
+class SummaryNewton(torch.optim.Optimizer):
+    """Training step (3) of the paper: Newton's method on the S learning rates, one for each group.
+
+        theta <- theta - lr sum_s eta_s U^s,       H-bar_reg eta = g-bar,
+
+        g-bar_s  = dL/dtheta . U^s                 H-bar_st = d^2L/dtheta^2 : U^s x U^t
+
+    with u the gradient (or another direction made from it) and U^s its restriction to group s. With one group it is
+    Cauchy's steepest descent with the exact quadratic step, with one group per parameter Newton's method. It is
+    invariant: rescaling the parameters of a group by any factor changes nothing, under the direction "gradient".
+
+    eta is computed every ``period`` steps from D^(1), D^(2) and, for "r" and "cubic", the diagonal of D^(3), measured
+    on the next batches of ``problem.data``, and holds until the next time: u is that of each step.
+
+    Parameters
+    ----------
+    problem
+        The model that is trained (the same object), the batches for the information, and the loss. Its data may be the
+        training set in another order; nothing else reads the training batches.
+    partition
+        "canonical" (a group per tensor), "layer", "kind", "trivial", "discrete", or a `Partition`. The optimizer's
+        ``param_groups`` are its groups, in order; tensors that a partition cuts stand in one for all their groups.
+    direction
+        "gradient"; "momentum", u_t = 0.9 u_(t-1) + g_t; "adam"; or a function ``fn(gradient, state) -> u`` of each
+        parameter: `hoanalysis.optim.updates`.
+    regularization, epsilon
+        As of ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then).
+    damping
+        The initial ``lr`` of every param_group, which multiplies eta: what a scheduler of torch changes.
+    period
+        Steps between two measurements.
+    rates_momentum
+        eta <- rates_momentum eta + (1 - rates_momentum) (the new eta).
+    negative
+        "keep" negative rates, or "clip" them at 0. H-bar asks for a negative rate where climbing along u^s pays because
+        of what the other groups do; on batches it is often noise.
+    average
+        The coefficient of the moving averages of g-bar, H-bar and the diagonal, 0 for none.
+    batches
+        Batches for each measurement.
+    trust
+        Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
+    engine, memory
+        As of `hoanalysis.summarize`.
+
+    Attributes
+    ----------
+    status
+        One line, or several: "ok", "skipped: ..." where the last step moved nothing, "kept: ..." where the last
+        measurement failed and the rates before it hold, and whatever was found about single groups.
+    rates
+        Label -> eta, without unit, as last measured (without ``lr``).
+
+    Notes
+    -----
+    Dropout makes L random and is refused by `Problem`; BatchNorm in train mode is differentiated as it is. Gradients
+    may be clipped before `step`: u is what it finds in ``.grad``. Groups without effect (a bias before a norm), and
+    groups with a slope but no curvature, do not move, and ``status`` names them.
+
+    Source: arXiv 2312.03885, Section 3.1, training step 3; Sections 3.2 and 3.3 for "r" and "cubic".
+
+    >>> import torch, hoanalysis as ho
+    >>> model = torch.nn.Linear(2, 1).double()
+    >>> x = torch.randn(8, 2, dtype=torch.float64)
+    >>> problem = ho.Problem(model, [(x, x.sum(1, keepdim=True))], torch.nn.functional.mse_loss)
+    >>> optimizer = ho.optim.SummaryNewton(problem, regularization=None, period=1)
+    >>> for x, y in problem.data:
+    ...     optimizer.zero_grad()
+    ...     problem.loss(model(x), y).backward()
+    ...     optimizer.step()
+    >>> optimizer.status
+    'ok'
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        partition: str | Partition = "canonical",
+        direction: str | Update = "gradient",
+        regularization: Regularization = "cubic",
+        epsilon: float = 1.0,
+        damping: float = 1.0,
+        period: int = 10,
+        rates_momentum: float = 0.0,
+        negative: str = "keep",
+        average: float = 0.0,
+        batches: int = 1,
+        trust: float = 0.0,
+        backtracking: int = 8,
+        engine: str = "auto",
+        memory: int = 2 * 2**30,
+    ) -> None:
+        if not isinstance(problem, Problem):
+            raise ArgumentError(
+                f"SummaryNewton needs a Problem, not {type(problem).__name__}",
+                do="SummaryNewton(ho.Problem(model, batches, loss)): the loss is differentiated on batches of its own",
+            )
+        check(regularization, epsilon)
+        _check(damping=damping, period=period, rates_momentum=rates_momentum, average=average, batches=batches)
+        _check_choices(negative=(negative, NEGATIVE), engine=(engine, ENGINES))
+        if trust and (batches < 2 or not trust > 0):
+            raise ArgumentError("trust is a positive number of standard errors", do="it needs batches=2 or more")
+        self.problem = problem
+        self.partition = partitions.resolve(partition, problem.model)
+        self.update = resolve(direction)
+        self.period, self.rates_momentum = int(period), float(rates_momentum)
+        self.backtracking = int(backtracking)
+        self.status = "skipped: no step yet"
+        parameters = dict(problem.model.named_parameters())
+        self._parameters = {n: parameters[n] for n in self.partition.parameters}
+        request = Request(2, 3 if regularization in ("r", "cubic") else None)
+        self.information = Information(problem, self.partition, request, average, int(batches), engine, memory)
+        eps = eps_of(problem.upcast() or next(iter(self._parameters.values())).dtype)
+        self.descent = Descent(regularization, epsilon, negative, trust, eps, self.partition.labels)
+        self._eta: np.ndarray | None = None
+        self._lengths = np.zeros(len(self.partition))  # |U^s| where eta was measured
+        self._steps = 0
+        super().__init__(_groups(self.partition, self._parameters), {"lr": float(damping)})
+        self._sealed = True
+
+    @property
+    def rates(self) -> dict[str, float]:
+        eta = np.full(len(self.partition), np.nan) if self._eta is None else self._eta
+        return dict(zip(self.partition.labels, eta.tolist(), strict=True))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_sealed"):
+            raise ArgumentError("the groups of SummaryNewton are those of its partition", do="make a new optimizer")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; every ``period``-th measures first. Returns what ``closure`` returns, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        u = self._direction()
+        if isinstance(u, str):
+            self.status = f"skipped: {u}"
+            return loss
+        measures = self._steps % self.period == 0 or self._eta is None
+        if measures:
+            self._measure(u)
+        self._steps += 1
+        if self._eta is not None:
+            self._move(u, self._eta if measures else self._held(u, self._eta))
+        return loss
+
+    def _direction(self) -> dict[str, Tensor] | str:
+        """u by parameter, zeros where a parameter has no gradient; or why there is none."""
+        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        if sparse := [n for n, g in gradients.items() if g.layout != torch.strided]:
+            raise ArgumentError(f"gradients of another layout than dense: {listed(sparse)}", do="use sparse=False")
+        bad = [n for n, g in gradients.items() if not bool(g.sum().isfinite()) and not bool(g.isfinite().all())]
+        if bad:
+            return f"the gradient is not finite in {listed(bad)}"
+        if not any(bool(g.count_nonzero()) for g in gradients.values()):
+            return "the gradient is zero"
+        u = {n: self.update(g, self.state[self._parameters[n]]) for n, g in gradients.items()}
+        return {n: u[n] if n in u else torch.zeros_like(p) for n, p in self._parameters.items()}
+
+    def _measure(self, u: Mapping[str, Tensor]) -> None:
+        """New rates; those before hold where none can be had."""
+        try:
+            known = self.information.measure(u)
+            eta, said = self.descent.rates(known)
+        except NumericsError as error:
+            eta, said = None, [error.what]
+        if eta is not None:
+            m = self.rates_momentum
+            eta = eta if self._eta is None else m * self._eta + (1 - m) * eta
+            eta, halvings = self._backtracked(u, eta, known.tensors["D1"])
+            said += [f"halved {halvings} times, until the loss fell"] if halvings else []
+        if eta is None:
+            self.status = "; ".join([("skipped: " if self._eta is None else "kept: ") + said[-1], *said[:-1]])
+            return
+        self._eta, self._lengths = eta, known.norms
+        self.status = "\n".join(said) or "ok"
+
+    def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, int]:
+        """eta halved until the loss of the latest batches falls by a tenth of what its slope says, and how often."""
+        for i in range(self.backtracking):
+            expected = max(float(eta @ slope), 0.0)
+            if self.information.change(u, eta) <= -SUFFICIENT * expected:
+                return eta, i
+            eta = eta / 2
+        return eta, self.backtracking
+
+    def _held(self, u: Mapping[str, Tensor], eta: np.ndarray) -> np.ndarray:
+        """The rates for a step that did not measure: none is negative, and no group goes further than it was seen to.
+
+        A negative rate says that climbing along one u^s paid because of the others, at that point. Of the next
+        gradient nothing of the kind is known. And a gradient that grows says that the rates no longer hold.
+        """
+        lengths = group_norms(u, self.partition)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(lengths > self._lengths, self._lengths / lengths, 1.0)
+        return np.maximum(eta, 0.0) * share
+
+    def _move(self, u: Mapping[str, Tensor], eta: np.ndarray) -> None:
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                a = self.partition.assignment[name]
+                if isinstance(a, int):
+                    p.add_(u[name].to(p), alpha=-group["lr"] * float(eta[a]))
+                else:
+                    p.sub_(torch.as_tensor(group["lr"] * eta[a], dtype=p.dtype, device=p.device) * u[name].to(p))
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of `torch.optim.Optimizer`, with the rates, the averages and the place in the data under an entry of its
+        own."""
+        own = {"steps": self._steps, "status": self.status, "labels": list(self.partition.labels)}
+        own |= {
+            "eta": None if self._eta is None else self._eta.tolist(),
+            "lengths": self._lengths.tolist(),
+            "information": self.information.state_dict(),
+        }
+        return {**super().state_dict(), EXTRA: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if EXTRA not in state_dict:
+            raise ArgumentError("this is not a state_dict of SummaryNewton", do="save optimizer.state_dict()")
+        own = state_dict[EXTRA]
+        if own["labels"] != list(self.partition.labels):
+            raise ArgumentError(
+                f"the state_dict is of another partition: {listed(own['labels'])}",
+                do=f"make the optimizer with that partition; this one has {listed(self.partition.labels)}",
+            )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != EXTRA})
+        self._steps, self.status = own["steps"], own["status"]
+        self._eta = None if own["eta"] is None else np.array(own["eta"], dtype=float)
+        self.information.load_state_dict(own["information"])
+
+
+def _groups(partition: Partition, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A param_group per group of whole tensors, and one per tensor that is cut."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name in parameters:
+        a = partition.assignment[name]
+        found.setdefault((a,) if isinstance(a, int) else tuple(np.unique(a).tolist()), []).append(name)
+    return [
+        {
+            "params": [parameters[n] for n in names],
+            "names": names,
+            "labels": [partition.labels[i] for i in members],
+        }
+        for members, names in sorted(found.items())
+    ]
+
+
+def _check(**numbers: float) -> None:
+    whole, shares = ("period", "batches"), ("rates_momentum", "average")
+    for name, x in numbers.items():
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or not np.isfinite(x):
+            raise ArgumentError(f"{name} is a number, not {x!r}")
+        if name in whole and (x < 1 or x != int(x)):
+            raise ArgumentError(f"{name} is a whole number of at least 1, not {x!r}")
+        if name in shares and not 0 <= x < 1:
+            raise ArgumentError(f"{name} is at least 0 and below 1, not {x!r}")
+        if name == "damping" and not x > 0:
+            raise ArgumentError(f"damping is positive, not {x!r}")
+
+
+def _check_choices(**given: tuple[str, Iterable[str]]) -> None:
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise ArgumentError(f"{name} is one of {listed(choices)}, not {value!r}")

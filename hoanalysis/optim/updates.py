@@ -1,0 +1,63 @@
+"""The direction u of a step, from the gradient of one parameter and what is kept about it.
+
+Each is a function ``fn(gradient, state) -> u`` of tensors of one shape; ``state`` is the optimizer's dictionary of this
+parameter, in which it may keep what it likes. A function of the user's own is as good: that of another method, say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoanalysis.errors import DirectionError, nearest
+
+Update = Callable[[Tensor, dict[str, Any]], Tensor]
+
+
+def gradient(g: Tensor, state: dict[str, Any]) -> Tensor:
+    """u = g."""
+    return g
+
+
+def momentum(g: Tensor, state: dict[str, Any], beta: float = 0.9) -> Tensor:
+    """u = m_t / (1 - beta^t), m_t = beta m_(t-1) + (1 - beta) g_t.
+
+    An average and not a sum, so that u has the scale of a gradient from the first step on: learning rates hold for
+    several steps, and must not meet a direction that is still growing.
+    """
+    if "momentum_buffer" not in state:
+        state |= {"step": 0, "momentum_buffer": torch.zeros_like(g)}
+    state["step"] += 1
+    return state["momentum_buffer"].lerp_(g, 1 - beta) / (1 - beta ** state["step"])
+
+
+def adam(g: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Tensor:
+    """u = m^ / (sqrt(v^) + eps), the update of `torch.optim.Adam` without its rate.
+
+    It has another scale than the gradient, so that steps along it are not those that a rescaled parameter would make.
+    """
+    if "exp_avg" not in state:
+        state |= {"step": 0, "exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
+    state["step"] += 1
+    m = state["exp_avg"].lerp_(g, 1 - betas[0])
+    v = state["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    m_hat, v_hat = m / (1 - betas[0] ** state["step"]), v / (1 - betas[1] ** state["step"])
+    return m_hat / (v_hat.sqrt() + eps)
+
+
+UPDATES: dict[str, Update] = {"gradient": gradient, "momentum": momentum, "adam": adam}
+
+
+def resolve(direction: str | Update) -> Update:
+    """The function of a direction given by its name, or that function itself."""
+    if callable(direction):
+        return direction
+    if direction not in UPDATES:
+        raise DirectionError(
+            f"there is no direction {direction!r} to train along",
+            do=f"{nearest(str(direction), UPDATES)}, or pass a function of the gradient and the parameter's state",
+        )
+    return UPDATES[direction]
