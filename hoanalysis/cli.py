@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hoanalysis import _early
 from hoanalysis._version import __version__
 from hoanalysis.errors import ArgumentError, HoError, ReportError, StoreError
 
@@ -22,6 +25,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+#: An environment variable: errors that were not foreseen are raised with all their frames.
+TRACEBACK = "HOANALYSIS_TRACEBACK"
 
 Studies = Annotated[list[Path], typer.Argument(help="study.toml files, or the folders that hold them")]
 
@@ -40,6 +46,7 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> None:
         warnings.showwarning = _as_sentence
+        _early.release()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -49,11 +56,31 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, StoreError) and fn.__name__ in ("report", "summarize"):
                 typer.echo(f"what was finished is kept; to go on: {_this_call()}", err=True)
             raise typer.Exit(1) from None
+        except RecursionError:
+            typer.echo(f"error: something is nested too deeply to be read\n  where: {_this_call()}", err=True)
+            raise typer.Exit(1) from None
+        except Exception as error:  # of the study's own code, or a mistake here: told, and shown whole on demand
+            if os.environ.get(TRACEBACK):
+                raise
+            typer.echo(f"error: {_unexpected(error)}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
             typer.echo(f"interrupted; what was finished is kept; to go on: {_this_call()}", err=True)
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return run
+
+
+def _unexpected(error: Exception) -> HoError:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).strip().splitlines()
+    return HoError(
+        f"{type(error).__name__}: {text[0][:500] if text else 'without a message'}",
+        where=f"{frame.filename}, line {frame.lineno}, in {frame.name}",
+        why="this was not foreseen; it is a mistake in the study's own code, or here",
+        do=f"{TRACEBACK}=1 before the command shows where it came from",
+        kept="finished units",
+    )
 
 
 def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -206,18 +233,31 @@ def _parameters(texts: list[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Read as TOML where all of it is one number, boolean, quoted text, list or table, else the text itself.
 
-    >>> [_value(v) for v in ("0.5", "true", "[1, 2]", "fc1.weight", "1, 2", "5 # five", "2024-05-01")]
-    [0.5, True, [1, 2], 'fc1.weight', '1, 2', '5 # five', '2024-05-01']
+    TOML has no word for nothing: ``None`` is Python's, and ``'None'`` the text.
+
+    >>> [_value(v) for v in ("0.5", "true", "[1, 2]", "fc1.weight", "1, 2", "5 # five", "2024-05-01", "None")]
+    [0.5, True, [1, 2], 'fc1.weight', '1, 2', '5 # five', '2024-05-01', None]
     """
     import tomllib
 
+    if text == "None":
+        return None
     try:
         table = tomllib.loads(f"value = [{text}]")  # in brackets, so that a comment cannot hide what follows
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):  # too many digits are a ValueError of Python's
         return text
     plain = set(table) == {"value"} and len(table["value"]) == 1
     return table["value"][0] if plain and isinstance(table["value"][0], (bool, int, float, str, list, dict)) else text
 
 
+def main() -> None:
+    """The command ``hoanalysis``."""
+    try:
+        app()
+    except KeyboardInterrupt:  # between two commands' own handlers
+        typer.echo("interrupted; nothing was begun", err=True)
+        sys.exit(130)
+
+
 if __name__ == "__main__":
-    sys.exit(app())
+    main()

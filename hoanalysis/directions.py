@@ -21,6 +21,7 @@ Signs: f moves by +U, and training steps are theta - eta U; so gradient, momentu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -32,10 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hoanalysis import culprits
 from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_checkpoint
 from hoanalysis.errors import DirectionError, LossError, NoDirection, NonFiniteWeights, listed, nearest
 from hoanalysis.partitions import describe_parameters
-from hoanalysis.problem import Problem, State, naming_batch
+from hoanalysis.problem import Problem, State, naming_batch, tensors_of
 
 NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
 UPHILL = ("gradient", "momentum", "adam")  # a training step is minus a learning rate times one of these
@@ -71,14 +73,19 @@ class Direction:
 
 def group_norms(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
     """The Euclidean norm of each group's entries, shape (S,), accumulated in float64."""
-    squares = np.zeros(len(partition))
+    return np.sqrt(group_sums({n: t.detach().double().square() for n, t in tensors.items()}, partition))
+
+
+def group_sums(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
+    """The sum of each group's entries, shape (S,), accumulated in float64."""
+    sums = np.zeros(len(partition))
     for name, t in tensors.items():
-        a, sq = partition.assignment[name], t.detach().double().square()
+        a, values = partition.assignment[name], t.detach().double()
         if isinstance(a, np.ndarray):
-            squares += np.bincount(a.ravel(), sq.cpu().numpy().ravel(), minlength=len(partition))
+            sums += np.bincount(a.ravel(), values.cpu().numpy().ravel(), minlength=len(partition))
         else:
-            squares[a] += float(sq.sum())
-    return np.sqrt(squares)
+            sums[a] += float(values.sum())
+    return sums
 
 
 #: The provenance of a gradient, computed or out of a store.
@@ -182,14 +189,21 @@ def batch_gradients(
     leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
     for index, raw in enumerate(progress(problem.batches(max_batches))):
         with naming_batch(index):
-            loss = problem.batch_value(leaves, state, problem.cast(raw, state.dtype))
-        if not loss.requires_grad:
-            raise LossError(
-                "the loss does not depend on any selected parameter",
-                why="it was computed under no_grad, detached, or by another copy of the model",
-                do="let the loss use the model that it is given, and keep it attached",
-            )
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            batch = problem.cast(raw, state.dtype)
+            loss = problem.batch_value(leaves, state, batch)
+            if not loss.requires_grad:
+                raise LossError(
+                    "the loss does not depend on any selected parameter",
+                    why="it was computed under no_grad, detached, or by another copy of the model",
+                    do="let the loss use the model that it is given, and keep it attached",
+                )
+            if not bool(loss.isfinite()):
+                culprits.refuse_nonfinite(tensors_of(batch), index)
+            try:
+                grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            except RuntimeError as error:
+                again = functools.partial(problem.batch_value, leaves, state, batch)
+                raise culprits.of_backward(error, again, f"batch {index}") from error
         yield problem.size(raw), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 

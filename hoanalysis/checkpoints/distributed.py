@@ -47,10 +47,16 @@ def read(folder: Path) -> Contents:
     """
     described = _metadata(folder / METADATA)
     try:
-        entries, places = dict(described.state_dict_metadata), _places(described.storage_data)
-        paths = dict(getattr(described, "planner_data", None) or {})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _broken(folder, str(error)) from None
+        return _contents(folder, described)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a forged description breaks has no family
+        raise _broken(folder, f"{type(error).__name__}: {error}") from None
+
+
+def _contents(folder: Path, described: Any) -> Contents:
+    entries, places = dict(described.state_dict_metadata), _places(described.storage_data)
+    paths = dict(getattr(described, "planner_data", None) or {})
     contents: Contents = {}
     for name, entry in entries.items():
         try:

@@ -90,6 +90,19 @@ def fit_optimizer_state(
 def _parts(checkpoint: "Checkpoint | Mapping[str, Tensor]") -> "tuple[Mapping[str, Tensor], str, list[str]]":
     if isinstance(checkpoint, Checkpoint):
         return checkpoint.state_dict, str(checkpoint.path), checkpoint.notes
+    from torch import Tensor
+
+    strange = (
+        {str(n): type(t).__name__ for n, t in checkpoint.items() if not isinstance(t, Tensor)}
+        if isinstance(checkpoint, Mapping)
+        else {"it": type(checkpoint).__name__}
+    )
+    if strange:
+        raise CheckpointError(
+            "this is not a state_dict, which is a mapping of names to tensors",
+            where=listed(f"{n} is {'an' if kind[0] in 'aeiou' else 'a'} {kind}" for n, kind in strange.items()),
+            do="pass model.state_dict(), a Checkpoint, or the path of one",
+        )
     return checkpoint, "the state_dict", []
 
 

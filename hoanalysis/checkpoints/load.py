@@ -108,6 +108,8 @@ def _load_open(path: Path, file: BufferedReader, key: str | None) -> Checkpoint:
 def _load_safetensors(path: Path, file: BinaryIO, size: int, sha256: str) -> Checkpoint:
     notes = [] if path.suffix == ".safetensors" else [f"the name ends in {path.suffix!r}, the content is safetensors"]
     header = safetensors_file.read_header(file, path, size)
+    if half := sum(e.end - e.begin for e in header.entries.values() if e.dtype in ("F16", "BF16")):
+        _check_memory(path, size + 2 * half, " (half precision is read as float32)")
     tensors = safetensors_file.read_tensors(file, path, header)
     weights, optimizer_state = unpack.split_optimizer(tensors)
     return Checkpoint(
@@ -144,30 +146,49 @@ def _load_distributed(path: Path, key: str | None) -> Checkpoint:
 
 
 def _of_content(content: Any, path: Path, sha256: str, key: str | None) -> Checkpoint:
+    try:
+        return _found_in(content, path, sha256, key)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a forged or damaged file holds anything in any place
+        raise CheckpointError(
+            "what the file holds is not laid out as a checkpoint is",
+            where=str(path),
+            why=f"{type(error).__name__}: {str(error)[:200]}",
+            do="save the state_dict alone, with safetensors",
+        ) from error
+
+
+def _found_in(content: Any, path: Path, sha256: str, key: str | None) -> Checkpoint:
     notes: list[str] = []
     inert = unpack.inert_code(content)
     if inert:
         notes.append(f"the file names code for another loader to run, ignored here: {listed(inert)}")
-        warnings.warn(f"{path}: {notes[-1]}", stacklevel=5)
+        warnings.warn(f"{path}: {notes[-1]}", stacklevel=6)
     weights = unpack.find_state_dict(content, str(path), key, notes)
     optimizer_state = unpack.find_optimizer(content, weights, notes)
     plain, settings = _plain(weights, path, notes), unpack.optimizer_settings(content)
     return Checkpoint(path, "torch", sha256, step_of(path), plain, optimizer_state, settings, notes)
 
 
-def _check_memory(path: Path, size: int) -> None:
+def _check_memory(path: Path, size: int, why: str = "") -> None:
     """Refuse a file that does not fit the free memory, where the system says how much that is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return
-    if size > available:
+    available = available_memory()
+    if available is not None and size > available:
         raise CheckpointError(
-            f"the checkpoint needs {size:,} bytes of memory, and {available:,} are available",
+            f"the checkpoint needs {size:,} bytes of memory{why}, and {available:,} are available",
             where=str(path),
             do="free memory, or use a larger machine",
         )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def _plain(weights: "Mapping[str, Tensor]", path: Path, notes: list[str]) -> "dict[str, Tensor]":

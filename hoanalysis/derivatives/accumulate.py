@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from hoanalysis import schema
+from hoanalysis.culprits import refuse_nonfinite
 from hoanalysis.derivatives import heap
 from hoanalysis.derivatives.common import BatchDerivatives
 from hoanalysis.derivatives.engines import Engine, check_finite
 from hoanalysis.derivatives.measured import NOTHING, Measure, measured
-from hoanalysis.errors import DataError
 from hoanalysis.problem import count_rows, naming_batch, tensors_of
 from hoanalysis.units import Accumulator
 
@@ -57,7 +57,7 @@ def _accumulate(
         with naming_batch(index):
             result = engine.batch(batch)
         if not np.isfinite(result.loss):
-            _refuse_nonfinite_inputs(batch, index)
+            refuse_nonfinite(tensors_of(batch), index)
         check_finite(result, f"batch {index}")
         values = _values(result) | measured(engine, measure, batch)
         sums.add(_means(values, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
@@ -68,7 +68,7 @@ def _accumulate(
 
 def relative_errors(sums: Accumulator) -> dict[str, float]:
     """Of each derivative, the largest relative standard error among the entries that matter."""
-    derivatives = [k for k in sums.sums if k != schema.LOSS and k not in schema.MEASURED]
+    derivatives = [k for k in sums.sums if k != schema.LOSS and k not in schema.MEASURED_DIMS]
     return {k: sums.relative_error(k) for k in derivatives}
 
 
@@ -94,14 +94,3 @@ def _values(result: BatchDerivatives) -> dict[str, np.ndarray]:
 
 def _means(values: dict[str, np.ndarray], divisor: float) -> dict[str, np.ndarray]:
     return {k: v / divisor for k, v in values.items()} if divisor != 1 else values
-
-
-def _refuse_nonfinite_inputs(batch: Any, index: int) -> None:
-    for t in tensors_of(batch):
-        if t.is_floating_point() and not bool(t.isfinite().all()):
-            rows = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
-            raise DataError(
-                f"batch {index} has inputs that are not finite",
-                where=f"samples {rows[:10]} of the batch",
-                do="remove or repair these samples",
-            )

@@ -1,6 +1,7 @@
 """Datasets in and out: `open_store`, `open_dataset`, `export`."""
 
 import contextlib
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from hoanalysis.store.layout import MANIFEST
 from hoanalysis.store.lock import alone_in
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+#: Behind the HDF5 of an export, where its readers do not look, stand these bytes and the SHA-256 of what is before
+#: them: the HDF5 library trusts its input, and of a flipped bit may make other numbers, or crash.
+_SEAL = b"\nhoanalysis sha256 "
+_SEALED = len(_SEAL) + 64
 
 
 def open_store(folder: str | os.PathLike[str], name: str | None = None) -> xr.Dataset:
@@ -67,16 +72,23 @@ def open_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
 
 
 def _read_netcdf(path: Path) -> xr.Dataset:
-    with path.open("rb") as file:
-        if not file.read(len(_HDF5)) == _HDF5:
-            raise StoreError(
-                "this is not a netCDF file of ours",
-                where=shown(path),
-                why=described(path),
-                do="give a file that export wrote",
-            )
-    with _unreadable(path, "netCDF"), xr.open_dataset(path, engine="h5netcdf") as ds:
-        return ds.load().drop_encoding()
+    data = path.read_bytes()
+    if not data.startswith(_HDF5):
+        raise StoreError(
+            "this is not a netCDF file of ours",
+            where=shown(path),
+            why=described(path),
+            do="give a file that export wrote",
+        )
+    content, sealed, digest = data[:-_SEALED], data[-_SEALED:-64], data[-64:]
+    if sealed == _SEAL and hashlib.sha256(content).hexdigest().encode() != digest:
+        raise StoreError(
+            "this netCDF is damaged: its digest is not that of its content",
+            where=shown(path),
+            do="export it again: hoanalysis summarize does, and computes nothing that is there",
+        )
+    with _unreadable(path, "netCDF"):
+        return container.dataset_of(data)
 
 
 def _read_zarr(path: Path) -> xr.Dataset:
@@ -104,8 +116,9 @@ def _unreadable(path: Path, format: str) -> Iterator[None]:
 def export(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write ``ds`` as netCDF (``.nc``) or Zarr (``.zarr``) and return the path; the old or the new is there, no half.
 
-    A netCDF file replaces one of the same name; numbers in it carry HDF5's checksum, so that a flipped bit is an error
-    on reading. An existing Zarr folder is refused: a folder cannot be replaced at once.
+    A netCDF file replaces one of the same name; it ends in the SHA-256 of what is before, and its numbers carry HDF5's
+    checksum, so that a flipped bit is an error on reading, here and elsewhere. An existing Zarr folder is refused: a
+    folder cannot be replaced at once.
     """
     target = Path(os.path.abspath(path))
     writers = {".nc": _write_netcdf, ".zarr": _write_zarr}
@@ -128,7 +141,8 @@ def _write_netcdf(ds: xr.Dataset, target: Path, temporary: Path) -> None:
     numbers = [str(name) for name, v in ds.variables.items() if v.size and v.ndim and v.dtype.kind in "iuf"]
     checked = {name: {"fletcher32": True} for name in numbers}
     try:
-        files.write_durably(temporary, container.netcdf_bytes(ds, checked))
+        content = container.netcdf_bytes(ds, checked)
+        files.write_durably(temporary, content + _SEAL + hashlib.sha256(content).hexdigest().encode())
         os.rename(temporary, target)
     finally:
         files.remove_quietly(temporary)
