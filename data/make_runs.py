@@ -348,7 +348,7 @@ log = "log.csv"
 order = 3
 directions = ["gradient", "to:next", "weights"]
 keep_batches = 16
-measure = ["along"]
+measure = ["along", "path"]
 """
 
 

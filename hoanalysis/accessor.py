@@ -20,6 +20,7 @@ from hoanalysis.analysis import interactions as _interactions
 from hoanalysis.analysis import inverse as _inverse
 from hoanalysis.analysis import laplace as _laplace
 from hoanalysis.analysis import merge as _merge
+from hoanalysis.analysis import path as _path
 from hoanalysis.analysis import prediction as _prediction
 from hoanalysis.analysis import pruning as _pruning
 from hoanalysis.analysis import regularizer as _regularizer
@@ -142,6 +143,10 @@ class HoAccessor:
     def prediction(self) -> xr.Dataset:
         """The predicted and the measured change of the loss over each real step; see `analysis.prediction`."""
         return _prediction.prediction(self._ds)
+
+    def path(self) -> xr.Dataset:
+        """What each group did to the loss along the step, from its measured slopes; see `analysis.path.path`."""
+        return _path.path(self._ds)
 
     def autopsy(
         self,

@@ -6,7 +6,8 @@ of xarray-einstats), each with the same labels; ``step`` stands in front for a s
 computed; ``D2_batch`` and ``weight`` where blocks of batches were kept. What was measured by forward passes is
 ``change_along`` (tau), ``change_removed`` (group) and ``change_removed_pair`` (group, group2), with errors and blocks
 like every summary, and beside each the loss itself, ``loss_along`` = ``loss`` + ``change_along``, and so on. What takes
-gradients along the direction is ``change_path`` (node) and ``slope_path`` (node, group) = U^s . gradient(theta + node u).
+gradients along the direction is ``change_path`` (node) and ``slope_path`` (node, group), U^s . gradient(theta + node
+u).
 """
 
 import re

@@ -4,7 +4,7 @@
     [data]         factory, args, batch_size, max_samples, direction_samples
     [loss]         factory, args             a function loss(model(x), y), or a class of such
     [checkpoints]  folder, pattern, log      relative to the file's own folder; log has step, loss, learning_rate
-    [summaries]    order, diagonal, directions, partitions, dtype, memory, measure, taus, ...
+    [summaries]    order, diagonal, directions, partitions, dtype, memory, measure, taus, ...; curvature, a table
     [report]       notebook, parameters
 
 Factories are taken from this file alone, never from a checkpoint. Reading a study imports no torch; building it does.
@@ -61,6 +61,15 @@ class CheckpointsTable(_Table):
     log: str | None = None
 
 
+class CurvatureTable(_Table):
+    """Options of `hoanalysis.curvature`: the full Hessian at each checkpoint, where a study asks for it."""
+
+    probes: int = Field(12, ge=3)
+    tolerance: float = Field(1e-2, gt=0)
+    max_products: int = Field(1000, ge=1)
+    max_batches: int | None = Field(None, ge=1)
+
+
 class SummariesTable(_Table):
     order: int = Field(2, ge=1)
     diagonal: int | None = Field(None, ge=1)
@@ -74,9 +83,10 @@ class SummariesTable(_Table):
     include_frozen: bool = False
     self_check: bool = True
     seed: int = 0
-    measure: list[Literal["along", "removed", "pairs"]] = []
+    measure: list[Literal["along", "removed", "pairs", "path"]] = []
     taus: list[float] | None = Field(None, min_length=1)
     errors: Literal["conditional", "unconditional"] = "conditional"
+    curvature: CurvatureTable | None = None
 
 
 class ReportTable(_Table):
@@ -105,15 +115,22 @@ class StudySpec(_Table):
             Naming the line of a syntax error, the unknown key, or the value of the wrong kind.
         """
         path = Path(path)
-        path = path / "study.toml" if path.is_dir() else path
         try:
+            path = path / "study.toml" if path.is_dir() else path
+            _refuse_special(path)
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise StudyError("there is no such study file", where=str(path), do=_neighbours(path)) from None
         except OSError as e:
             raise StudyError(f"the study file cannot be read: {e.strerror}", where=str(path)) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise StudyError(f"the study file is not valid TOML: {e}", where=str(path)) from None
+        except UnicodeDecodeError as e:
+            raise StudyError(
+                f"the study file is not UTF-8 text: {e.reason} at byte {e.start}",
+                where=str(path),
+                do="give a study.toml, not a checkpoint; `hoanalysis init FOLDER` writes one",
+            ) from None
+        except (ValueError, RecursionError) as e:  # also a number of more digits than Python reads
+            raise StudyError(f"the study file is not valid TOML: {str(e)[:300]}", where=str(path)) from None
         if "path" in table:
             raise StudyError("unknown key 'path'", where=str(path), do=nearest("path", _keys(cls)))
         try:
@@ -173,10 +190,11 @@ class StudySpec(_Table):
             return None
         path = self.folder / self.checkpoints.folder / self.checkpoints.log
         try:
+            _refuse_special(path)
             log = pd.read_csv(path)
         except FileNotFoundError:
             raise StudyError("there is no such training log", where=str(path), do=_neighbours(path)) from None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, OverflowError) as e:
             raise StudyError(f"the training log is not a CSV table: {e}", where=str(path)) from None
         if missing := [c for c in ("step", "loss") if c not in log.columns]:
             raise StudyError(
@@ -189,8 +207,15 @@ class StudySpec(_Table):
     def settings(self) -> list[dict[str, Any]]:
         """The options of `hoanalysis.summarize` for each direction and partition, the first of each in front."""
         s = self.summaries
-        common = s.model_dump(exclude={"directions", "partitions"})
+        common = s.model_dump(exclude={"directions", "partitions", "curvature"})
         return [{**common, "direction": d, "partition": p} for d in s.directions for p in s.partitions]
+
+    def curvature(self) -> dict[str, Any] | None:
+        """The options of `hoanalysis.curvature`, or None where the study does not ask for the full Hessian."""
+        s = self.summaries
+        if s.curvature is None:
+            return None
+        return {**s.curvature.model_dump(), "include_frozen": s.include_frozen, "seed": s.seed, "dtype": s.dtype}
 
     def _loss(self) -> Any:
         target = self._import("loss", self.loss.factory)
@@ -204,7 +229,7 @@ class StudySpec(_Table):
             return target(**args)
         except HoError:
             raise
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             hint = ""
             with suppress(TypeError, ValueError):  # not every class of C has a signature
                 hint = f"it is called as {factory.partition(':')[2]}{inspect.signature(target)}"
@@ -223,7 +248,7 @@ class StudySpec(_Table):
             )
         try:
             target = importlib.import_module(module_name)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise StudyError(
                 f"[{table}] factory {factory!r}: importing {module_name!r} raised {type(e).__name__}: {e}",
                 where=str(self.path),
@@ -268,6 +293,14 @@ def _importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
+
+
+def _refuse_special(path: Path) -> None:
+    """A pipe or a device would be read for ever."""
+    if "\0" in str(path):
+        raise StudyError("a path holds a NUL character", where=repr(str(path)))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise StudyError("this is a pipe, a socket or a device, not a file", where=str(path), do="copy it to a file")
 
 
 def _sentence(error: ValidationError) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +34,11 @@ from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NoDirecti
 from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows
+from hoanalysis.quadrature import NODES
 from hoanalysis.store import Store
 from hoanalysis.store.container import canonical
 
+MAX_ORDER = 16
 MAX_ENTRIES = 2**27  # of one tensor: 1 GiB of float64
 
 CheckpointLike: TypeAlias = Checkpoint | str | Path | Mapping[str, Tensor] | None
@@ -140,7 +144,9 @@ def summarize(
         ``change_along`` = L(theta + tau u) - L(theta) for each of ``taus``. ``"removed"``: ``change_removed`` =
         L(theta + U^s) - L(theta), S passes. ``"pairs"``: ``change_removed_pair`` = L(theta + U^s + U^t) - L(theta),
         S(S+1)/2 passes. Their errors are those of the change; ``loss_along``, ``loss_removed`` and
-        ``loss_removed_pair`` are the losses. Buffers stay those of the checkpoint. An overflow is inf or NaN.
+        ``loss_removed_pair`` are the losses. ``"path"``: ``slope_path`` = U^s . gradient L(theta + t u) at the 7 nodes
+        t of a quadrature over 0..1, and ``change_path``, 7 gradients: what each group did to the loss along a step, see
+        `ds.ho.path`. Buffers stay those of the checkpoint. An overflow is inf or NaN.
     taus
         Multiples of u for ``"along"``. None: from 0.125 to 4, and -0.25 to -1; for gradient, momentum and adam, of
         which a training step is -eta u, minus the learning rates from 1e-4 to 3.
@@ -186,7 +192,9 @@ def summarize_run(
     """`summarize` for every checkpoint of a run: a Dataset with the leading dim ``step``.
 
     A checkpoint that has no such direction (the last one has no next, the first no optimizer state) is a gap: NaN,
-    coverage 0, and the reason in the coordinate ``gap``; where that is all of them, it is an error.
+    coverage 0, and the reason in the coordinate ``gap``; where that is all of them, it is an error. One that cannot be
+    computed (its file is damaged, say) stops no other. With a store it is raised when the others are published;
+    without one it is a warning and NaN, so that nothing is lost, and an error where it is all of them.
 
     Parameters
     ----------
@@ -205,10 +213,8 @@ def summarize_run(
     work = Work(problem, Settings(order, **options))
     plan = work.plan(work.steps(run), series=True)
     if store is None:
-        wanted = [(i, canonical(k)) for i, s in enumerate(plan["steps"]) for k in s["units"]]
-        made = {k: work.unit_or_gap(run[i], run) for i, k in _bar(wanted, progress, "checkpoints")}
-        work.refuse_gaps_alone(made.values())
-        return units.assemble(plan, lambda key: made[canonical(key)])
+        made = work.in_memory(run, plan, progress)
+        return units.assemble(plan, lambda key: made.get(canonical(key)))
     with Store.open(store, mode="w") as opened:
         opened.register(work.name, plan)
         work.fill(opened, run, plan, progress)
@@ -364,8 +370,13 @@ class Work:
     def _optional_key(self) -> dict[str, Any]:
         """Nothing where nothing is asked for, so that units of older versions keep their keys."""
         m = self.measure
-        measured = ({"measure": list(m.what)} if m.what else {}) | ({"taus": list(m.taus)} if m.taus else {})
+        measured = ({"measure": list(m.what)} if m.what else {}) | self._points()
         return measured | ({"errors": "unconditional"} if self.unconditional else {})
+
+    def _points(self) -> dict[str, list[float]]:
+        """The multiples of u at which losses and slopes are measured."""
+        points = {"taus": self.measure.taus, "nodes": self.measure.nodes}
+        return {name: list(values) for name, values in points.items() if values}
 
     @property
     def unconditional(self) -> bool:
@@ -379,7 +390,7 @@ class Work:
                 "a direction given as tensors or a function has no key that a run's units could be found by",
                 do="use a named direction, or call ho.summarize for each checkpoint",
             )
-        shas = [run.sha256(i) for i in range(len(run))]
+        shas = [_sha256(run, i) for i in range(len(run))]
         name, out = self.direction_name, []
         elsewhere = name.startswith("to:") and name not in ("to:init", "to:next")
         to_file = [content_sha256(file_of(name[3:], run))] if elsewhere else []
@@ -387,7 +398,7 @@ class Work:
             if self.direction_name == "to:next" and i + 1 == len(run):
                 out.append({"step": label, "sha256": sha, "units": [], "gap": LAST})
                 continue
-            relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(self.direction_name, to_file)
+            relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(name, to_file)
             out.append({"step": label, "sha256": sha, "units": [self.key(sha, relatives)]})
         return out
 
@@ -442,6 +453,35 @@ class Work:
         except NoDirection as e:  # without the path: a store that is moved keeps its bytes
             return units.gap({"what": e.what, "why": e.why, "do": e.do})
 
+    def in_memory(self, run: Run, plan: Mapping[str, Any], progress: bool) -> dict[str, xr.Dataset]:
+        """The units of a plan by their canonical keys, without those that failed, each of which is a warning."""
+        wanted = [(i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]]
+        made: dict[str, xr.Dataset] = {}
+        failed: dict[int, HoError] = {}
+        for i, key in _bar(wanted, progress, "checkpoints"):
+            if (name := canonical(key)) in made:
+                continue
+            try:
+                made[name] = self.of_key(run, i, key)
+                _refuse_replaced(run, i, key)
+            except CheckpointError as error:
+                made.pop(name, None)
+                failed[i] = error
+        if failed and not made:
+            raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, len(wanted))
+        for i, failure in failed.items():
+            warnings.warn(f"step {run.steps[i]} is NaN: {failure}", stacklevel=4)
+        if not failed:
+            self.refuse_gaps_alone(made.values())
+        return made
+
+    def of_key(self, run: Run, position: int, key: Mapping[str, Any], store: Store | None = None) -> xr.Dataset:
+        """The unit of a key: of the very bytes that the key names, whatever became of the file since."""
+        checkpoint = run[position]
+        if checkpoint.sha256 != key["checkpoint"]:
+            raise _replaced(run.paths[position])
+        return self.unit_or_gap(checkpoint, run, store)
+
     def refuse_gaps_alone(self, made: Iterable[xr.Dataset | None]) -> None:
         """Raise `NoDirection` where no checkpoint of a run has such a direction."""
         reasons = [units.gap_of(unit) for unit in made]
@@ -483,8 +523,8 @@ class Work:
         failed: dict[str, Exception] = {}
         for k, i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
             try:
-                unit = self.unit_or_gap(run[i], run, store)
-                store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key["checkpoint"]))
+                unit = self.of_key(run, i, key, store)
+                store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key))
             except StoreError:
                 raise
             except Exception as error:
@@ -505,14 +545,14 @@ class Work:
         wanted = {schema.LOSS: 0} | {schema.derivative(d): d for d in range(1, s.order + 1)}
         if s.diagonal is not None and s.diagonal > s.order:
             wanted[schema.diagonal(s.diagonal)] = 1
-        for what in self.measure.what:
-            wanted[MEASURES[what]] = len(schema.MEASURED[MEASURES[what]][0])
+        for name in [name for what in self.measure.what for name in MEASURES[what]]:
+            wanted[name] = len(schema.MEASURED_DIMS[name])
         data = "" if s.max_batches == 0 else self.problem.fingerprint(s.max_batches)
         return {
             "study": {**self.study(), "data": data, "checkpoints": {str(x["step"]): x["sha256"] for x in steps}},
             "groups": {"label": list(p.labels), **p.coords()},
             "quantities": wanted,
-            **({"taus": list(self.measure.taus)} if self.measure.taus else {}),
+            **self._points(),
             "steps": steps,
             "series": series,
             "reduction": self.problem.reduction,
@@ -571,12 +611,26 @@ class Work:
 
 
 def _checked(s: Settings) -> Settings:
+    for name, kinds in (("max_batches", int), ("keep_batches", int), ("seed", int), ("tolerance", (int, float))):
+        value = getattr(s, name)
+        if (value is not None or name in ("keep_batches", "seed")) and (
+            not isinstance(value, (kinds, np.integer)) or isinstance(value, bool)
+        ):
+            raise ArgumentError(f"{name} is a number, not {value!r}")
+    if not -(2**63) <= s.seed < 2**63:
+        raise ArgumentError(f"seed is a number of 64 bits, not {s.seed}")
     s = replace(s, measure=(s.measure,) if isinstance(s.measure, str) else tuple(s.measure))
     for name, value in (("order", s.order), ("diagonal", s.diagonal)):
         if name == "diagonal" and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ArgumentError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if value > MAX_ORDER:
+            raise ArgumentError(
+                f"{name} is at most {MAX_ORDER}, not {value}",
+                why=f"each order at least doubles the cost: more than 2^{value - 1} gradients a batch",
+                do="use a lower order",
+            )
     if s.max_batches is not None and s.max_batches < 1:
         raise ArgumentError(f"max_batches must be at least 1, not {s.max_batches}")
     if s.keep_batches < 0 or s.keep_batches == 1:
@@ -602,10 +656,11 @@ def _measure(s: Settings, direction: str) -> Measure:
     if unknown := [w for w in s.measure if w not in MEASURES]:
         raise ArgumentError(f"measure does not know {listed(unknown)}", do=f"use {listed(MEASURES)}")
     what = tuple(w for w in MEASURES if w in s.measure)
+    nodes = NODES if "path" in what else ()
     if "along" not in what:
         if s.taus is not None:
             raise ArgumentError("taus say where the loss is measured along u", do="add measure=('along',)")
-        return Measure(what)
+        return Measure(what, nodes=nodes)
     given = default_taus(direction) if s.taus is None else s.taus
     try:
         taus = tuple(sorted({float(t) for t in given}))
@@ -613,7 +668,7 @@ def _measure(s: Settings, direction: str) -> Measure:
         raise ArgumentError(f"taus are numbers, the multiples of u, not {given!r}") from None
     if not taus or not np.isfinite(taus).all():
         raise ArgumentError(f"taus are finite numbers, and at least one, not {given!r}")
-    return Measure(what, taus)
+    return Measure(what, taus, nodes)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -630,14 +685,13 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _bytes(memory: str | int) -> int:
     """``"2GiB"`` -> 2 * 2**30."""
-    if isinstance(memory, int):
-        return memory
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(B|[KMGT]i?B)?\s*", memory)
-    if not match:
-        raise ArgumentError(f"memory {memory!r} is not a size", do="write bytes, or '2GiB', '500MB'")
-    number, unit = float(match[1]), match[2] or "B"
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*(B|[KMGT]i?B)?\s*", str(memory))
+    number, unit = (float(match[1]), match[2] or "B") if match else (0.0, "B")
     power = "BKMGT".index(unit[0])
-    return int(number * (1024 if "i" in unit or unit == "B" else 1000) ** power)
+    size = number * (1024 if "i" in unit or unit == "B" else 1000) ** power
+    if not 1 <= size < 2**63 or isinstance(memory, bool):
+        raise ArgumentError(f"memory {str(memory)[:40]!r} is not a size", do="write bytes, or '2GiB', '500MB'")
+    return int(size)
 
 
 def _refuse_huge(p: Partition, s: Settings) -> None:
@@ -674,15 +728,39 @@ def _summed_up(failed: Mapping[str, Exception], tried: int) -> Exception:
     return first
 
 
-def _refuse_replaced(run: Run, position: int, sha256: str) -> None:
-    """A checkpoint that was replaced while its summaries were computed would be stored under the wrong digest."""
-    if run.sha256(position) != sha256:
-        raise CheckpointError(
-            "the checkpoint was replaced while its summaries were computed",
-            where=str(run.paths[position]),
-            do="call again when training has finished writing it",
-            kept="nothing was written for it; finished units are kept",
-        )
+def _sha256(run: Run, position: int) -> str:
+    """The digest of a checkpoint. One that cannot be read at all is named when its turn comes, and stops no other."""
+    try:
+        return run.sha256(position)
+    except (CheckpointError, OSError) as error:
+        return hashlib.sha256(f"{run.paths[position].name}: {error}".encode(errors="replace")).hexdigest()
+
+
+def _refuse_replaced(run: Run, position: int, key: Mapping[str, Any]) -> None:
+    """A checkpoint that was replaced while its summaries were computed would be stored under the wrong digest; so
+    would one whose direction leads to a checkpoint that was."""
+    if run.sha256(position) != key["checkpoint"]:
+        raise _replaced(run.paths[position])
+    others = _relatives(run, position, key["direction"]) if key["relatives"] else []
+    for path, sha256 in zip(others, key["relatives"], strict=True):
+        if content_sha256(path) != sha256:
+            raise _replaced(path)
+
+
+def _relatives(run: Run, position: int, direction: str) -> list[Path]:
+    """The files that a direction ``to:..`` leads to."""
+    if direction == "to:init":
+        return list(run.paths[:1])
+    return list(run.paths[position + 1 : position + 2]) if direction == "to:next" else [file_of(direction[3:], run)]
+
+
+def _replaced(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint was replaced while its summaries were computed",
+        where=str(path),
+        do="call again when training has finished writing it",
+        kept="nothing was written for it; finished units are kept",
+    )
 
 
 # ---- progress ---------------------------------------------------------------------------------------------------

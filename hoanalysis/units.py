@@ -260,9 +260,9 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit |
     Parameters
     ----------
     plan
-        ``groups`` (labels and coordinates), ``quantities`` (name -> order of its tensor), ``taus`` where the loss is
-        measured along the direction, ``steps`` (label, sha256, the keys of its shards, ``gap`` where there are none),
-        ``series`` (whether ``step`` is a dim), ``reduction`` and ``attrs``.
+        ``groups`` (labels and coordinates), ``quantities`` (name -> order of its tensor), ``taus`` and ``nodes`` where
+        the loss and its slopes are measured along the direction, ``steps`` (label, sha256, the keys of its shards,
+        ``gap`` where there are none), ``series`` (whether ``step`` is a dim), ``reduction`` and ``attrs``.
     read
         Key -> unit, or None where it is not there.
     """
@@ -274,6 +274,8 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit |
     coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
     if plan.get("taus"):
         coords[schema.TAU] = ((schema.TAU,), np.array(plan["taus"], dtype=np.float64))
+    if plan.get("nodes"):
+        coords[schema.NODE] = ((schema.NODE,), np.array(plan["nodes"], dtype=np.float64))
     if plan["series"]:
         coords[schema.STEP] = ((schema.STEP,), np.array([s["step"] for s in plan["steps"]]))
     told = [*schema.STEP_COORDS, "engine_detail", "coverage", *schema.GROUP_COORDS_BY_STEP]
@@ -305,7 +307,7 @@ def _row(
     shards = [unit for unit in there if gap_of(unit) is None]
     own = [json.loads(unit.attrs["unit"]) for unit in shards]
     s = len(plan["groups"]["label"])
-    sizes = {schema.TAU: len(plan.get("taus", ()))}
+    sizes = {schema.TAU: len(plan.get("taus", ())), schema.NODE: len(plan.get("nodes", ()))}
     row: Row = {}
     if shards:
         unit = add_shards(shards)
@@ -378,7 +380,7 @@ def _described(row: Row, conditional: bool) -> dict[str, tuple[tuple[Any, ...], 
     out = {}
     for k, (dims, values) in row.items():
         attrs = {"long_name": _described_name(k), "units": _unit(k)}
-        if k.endswith("_se") and ((conditional and k.startswith("D")) or k.startswith("change_")):
+        if k.endswith("_se") and ((conditional and k.startswith("D")) or k.startswith(("change_", "slope_"))):
             attrs["conditional_on"] = "the direction u"
         out[k] = (dims, values, attrs)
     return out
@@ -400,6 +402,6 @@ def _described_name(name: str) -> str:
 
 
 def _unit(name: str) -> str:
-    if name.startswith(("loss", "change_")) or (name.startswith("D") and name[1:2].isdigit()):
+    if name.startswith(("loss", "change_", "slope_")) or (name.startswith("D") and name[1:2].isdigit()):
         return "loss"
     return "1"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from safetensors.torch import save_file
+from scipy.integrate import quad_vec
 from torch import nn
 
 import hoanalysis as ho
@@ -24,6 +25,7 @@ from tests import oracles
 
 SIZES = (5, 3, 7, 4, 6)
 ALL = ("along", "removed", "pairs")
+NAMES = [name for names in MEASURES.values() for name in names]
 EXACT = {"rtol": 1e-11, "atol": 1e-14}
 
 
@@ -134,25 +136,26 @@ def test_of_a_sum_over_the_data() -> None:
         model, batches, batch_loss=lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"),
         batch_size=lambda b: len(b[1]), reduction="sum",
     )  # fmt: skip
-    options = {"direction": "weights", "measure": ALL, "self_check": False, "progress": False, "keep_batches": 6}
-    ds, mean = ho.summarize(problem, 1, **options), summarize(model, batches, direction="weights", keep_batches=6)
-    for name in (*MEASURES.values(), "change_along_se", "change_removed_se", "loss_along", "loss_removed_pair"):
+    options = {"direction": "weights", "measure": tuple(MEASURES), "self_check": False, "keep_batches": 6}
+    ds = ho.summarize(problem, 1, **options, progress=False)
+    mean = summarize(model, batches, direction="weights", keep_batches=6, measure=tuple(MEASURES))
+    for name in (*NAMES, "change_along_se", "change_removed_se", "loss_along", "loss_removed_pair"):
         np.testing.assert_allclose(ds[name], mean[name] * sum(SIZES), rtol=1e-9, atol=1e-12)
 
 
 def test_kept_blocks_give_the_errors_and_shards_add_up() -> None:
     model, batches = make_model(), make_batches()
-    ds = summarize(model, batches, direction="weights", keep_batches=6)
-    for name in MEASURES.values():
+    ds = summarize(model, batches, direction="weights", keep_batches=6, measure=tuple(MEASURES))
+    for name in NAMES:
         again = error_over_blocks(ds[f"{name}_batch"], ds.weight)
         np.testing.assert_allclose(again, ds[f"{name}_se"], rtol=1e-9, atol=1e-14)
 
     def unit(part: list) -> xr.Dataset:
-        settings = summaries.Settings(1, direction="weights", measure=ALL, keep_batches=6, self_check=False)
+        settings = summaries.Settings(1, direction="weights", measure=tuple(MEASURES), keep_batches=6, self_check=False)
         return summaries.Work(ho.Problem(model, part, F.cross_entropy), settings).unit(None, progress=False)
 
     whole, added = unit(batches), add_shards([unit(batches[:2]), unit(batches[2:])])
-    for name in MEASURES.values():
+    for name in NAMES:
         for part in ("sum", "dev2"):
             shift = whole[f"{name}_center"] - added[f"{name}_center"]
             np.testing.assert_allclose(shift, 0, atol=0)
@@ -177,11 +180,76 @@ def test_a_small_move_is_what_the_summaries_predict() -> None:
         np.testing.assert_allclose(ds.ho.taylor({label: 1.0}), ds.change_removed[s], rtol=2e-5)
 
 
+def slopes_at(model: nn.Module, batches: list, u: dict, t: float) -> np.ndarray:
+    """U^s . gradient of each batch at theta + t u, (batches, S), by torch's backward on a moved copy."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in moved.named_parameters():
+            p += t * u[n]
+    out = []
+    for x, y in batches:
+        moved.zero_grad()
+        F.cross_entropy(moved(x), y).backward()
+        out.append([(p.grad * u[n]).sum().item() for n, p in moved.named_parameters()])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("engine", ["nested", "auto"])
+def test_slopes_along_the_step_integrate_to_what_each_group_did(engine: str) -> None:
+    """The nodes against torch's gradients, the integrals against scipy's adaptive quadrature of them."""
+    model, batches = make_model(), make_batches()
+    u = {n: 2 * t for n, t in oracles.random_like(dict(model.named_parameters()), 5).items()}
+    weights = np.array(SIZES, dtype=float)
+    ds = summarize(model, batches, direction=u, measure="path", engine=engine, keep_batches=6)
+    schema.validate(ds)
+    assert ds.slope_path.dims == ("node", "group")
+    assert (ds.node.values[0], ds.node.values[-1], ds.sizes["node"]) == (0, 1, 7)
+    for q, t in enumerate(ds.node.values):
+        mean, se = oracles.weighted(slopes_at(model, batches, u, t), weights)
+        np.testing.assert_allclose(ds.slope_path[q], mean, **EXACT)
+        np.testing.assert_allclose(ds.slope_path_se[q], se, rtol=1e-9, atol=1e-14)
+        check(ds, "change_path", (q,), model, batches, {n: t * v for n, v in u.items()})
+    np.testing.assert_allclose(ds.slope_path[0], ds.D1, **EXACT)
+    truth, _ = quad_vec(lambda t: slopes_at(model, batches, u, t), 0, 1, epsrel=1e-11)
+    mean, se = oracles.weighted(truth, weights)
+    found = ds.ho.path()
+    off = np.abs(found.contribution.values - mean)
+    assert (off <= found.quadrature_error).all()
+    assert (off < 1e-3 * np.abs(mean).max()).all()
+    np.testing.assert_allclose(found.contribution_se, se, rtol=1e-2)
+    change, change_se = oracles.weighted(losses(model, batches, u) - losses(model, batches, {}), weights)
+    np.testing.assert_allclose([found.measured, found.measured_se], [change, change_se], rtol=1e-9)
+    np.testing.assert_allclose(mean.sum(), change, rtol=1e-9)  # the identity itself
+    assert abs(found.residual) <= found.quadrature_error.sum()
+    np.testing.assert_allclose(found.total, found.contribution.sum(), rtol=1e-12)
+    merged = ds.ho.merge("layer").ho.path()
+    np.testing.assert_allclose(merged.contribution, found.contribution.groupby("layer").sum(), rtol=1e-12)
+    np.testing.assert_allclose(
+        merged.contribution_se, oracles.weighted(truth.reshape(5, 2, 2).sum(2), weights)[1], rtol=1e-2
+    )
+
+
+def test_slopes_of_groups_that_are_parts_of_a_tensor_or_unused() -> None:
+    model, batches = make_model(), make_batches()
+    model.unused = nn.Parameter(torch.ones(2).double())
+    u = oracles.random_like(dict(model.named_parameters()), 5)
+    split = ho.Partition.split(model, {"0.weight": (0, 5)})
+    ds = summarize(model, batches, direction=u, partition=split, measure="path")
+    whole = summarize(model, batches, direction=u, measure="path")
+    parts = [s.startswith("0.weight[") for s in schema.labels(ds)]
+    assert sum(parts) == 5
+    np.testing.assert_allclose(ds.slope_path[:, parts].sum("group"), whole.slope_path.sel(group="0.weight"), rtol=1e-11)
+    assert (whole.slope_path.sel(group="unused") == 0).all()
+    assert np.isnan(whole.ho.path().contribution_se).all()  # no blocks
+    with pytest.raises(HoError, match=r"measure=\('path',\)"):
+        summarize(model, batches, direction=u, measure="along").ho.path()
+
+
 def test_towards_the_next_checkpoint_one_is_the_loss_there(tmp_path) -> None:
     for step in range(3):
         save_file(dict(make_model(step).state_dict()), tmp_path / f"m_{step}.safetensors")
     run, problem = ho.open_run(tmp_path), ho.Problem(make_model(), make_batches(), F.cross_entropy)
-    options = {"direction": "to:next", "measure": ("along", "removed"), "progress": False, "keep_batches": 4}
+    options = {"direction": "to:next", "measure": ("along", "removed", "path"), "progress": False, "keep_batches": 4}
     ds = ho.summarize_run(run, problem, 1, **options)
     assert ds.change_along.dims == ("step", "tau")
     np.testing.assert_array_equal(ds.tau, MULTIPLES)
@@ -190,6 +258,10 @@ def test_towards_the_next_checkpoint_one_is_the_loss_there(tmp_path) -> None:
     np.testing.assert_allclose(ds.loss_along.sel(tau=1.0)[:2], here.loss[1:], **EXACT)
     assert ds.change_along.isel(step=2).isnull().all()
     assert ds.change_removed.isel(step=2).isnull().all()
+    assert ds.slope_path.isel(step=2).isnull().all()
+    told = ds.ho.path()
+    np.testing.assert_allclose(told.measured[:2], here.loss.diff("step"), **EXACT)
+    assert (abs(told.residual[:2]) <= told.quadrature_error[:2].sum("group")).all()
     stored = ho.summarize_run(run, problem, 1, store=tmp_path / "store", **options)
     xr.testing.assert_identical(stored.drop_attrs(), ds.drop_attrs())
     xr.testing.assert_identical(ho.open_store(tmp_path / "store").drop_attrs(), ds.drop_attrs())
@@ -245,7 +317,14 @@ def test_units_of_nothing_measured_keep_their_keys() -> None:
     ]  # fmt: skip
     keys = [
         summaries.Work(problem, summaries.Settings(measure=m, taus=t)).key("sha", [])
-        for m, t in (((), None), (("along",), None), (("along",), (1.0,)), (("removed",), None), (("pairs",), None))
+        for m, t in (
+            ((), None),
+            (("along",), None),
+            (("along",), (1.0,)),
+            (("removed",), None),
+            (("pairs",), None),
+            (("path",), None),
+        )
     ]
     assert keys[0] == plain
     assert all(a != b for a, b in itertools.combinations(keys, 2))
@@ -257,7 +336,7 @@ def test_units_of_nothing_measured_keep_their_keys() -> None:
 def test_what_is_measured_does_not_decide_when_to_stop() -> None:
     rng, sums = np.random.default_rng(0), Accumulator()
     for _ in range(10):
-        noise = {name: rng.normal(size=3) for name in MEASURES.values()}
+        noise = {name: rng.normal(size=3) for name in NAMES}
         sums.add({"loss": np.array(1.0), "D1": 1 + 0.01 * rng.normal(size=3), **noise}, 1.0, 1)
     assert settled(sums, 0.05)
     assert not settled(sums, 1e-5)

@@ -5,20 +5,29 @@ import importlib
 import importlib.util
 import math
 import os
+import re
+import shutil
 import tomllib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from scipy.integrate import fixed_quad
+from torch.autograd import grad
+from torch.func import functional_call
 from torch.testing import assert_close
 
 import hoanalysis as ho
 from hoanalysis import data
+from hoanalysis.analysis.contributions import along_path
+from hoanalysis.analysis.verdict import guilty_of
 from hoanalysis.checkpoints import fit, open_run
+from hoanalysis.study import StudySpec
 
 DATA = Path(__file__).parents[1] / "data"
 RUNS = ("lenet5-mnist", "gpt-docs", "lenet5-mnist-diverged")
@@ -144,19 +153,82 @@ def test_the_diverged_run_keeps_16_single_steps_across_the_break():
     assert sum(p.numel() for p in model_at("lenet5-mnist-diverged", 0)[0].parameters()) == 15738
 
 
+def what_the_groups_did(run, step, batch) -> dict[str, float]:
+    """U^s . gradient of the real step from ``step``, by torch, integrated by scipy with 24 points; largest first."""
+    model = model_at("lenet5-mnist-diverged", 0)[0].double()
+    names = [n for n, _ in model.named_parameters()]
+    here = run.steps.index(step)
+    a, b = ([run[i].state_dict[n].double() for n in names] for i in (here, here + 1))
+
+    def slopes(t: np.ndarray) -> np.ndarray:
+        out = []
+        for one in t:
+            moved = [(p + one * (q - p)).requires_grad_() for p, q in zip(a, b, strict=True)]
+            at = functional_call(model, dict(zip(names, moved, strict=True)), (batch.x.double(),))
+            gradients = grad(F.cross_entropy(at, batch.y), moved)
+            out.append([(g * (q - p)).sum().item() for g, p, q in zip(gradients, a, b, strict=True)])
+        return np.array(out).T
+
+    found = zip(names, fixed_quad(slopes, 0, 1, n=24)[0].tolist(), strict=True)
+    return dict(sorted(found, key=lambda item: -item[1]))
+
+
+def half_of_the_rise(truth) -> tuple[str, ...]:
+    """The fewest groups that raised the loss by half of all that rose."""
+    raised = {n: v for n, v in truth.items() if v > 0}
+    fewest = next(k for k in range(len(raised) + 1) if sum(list(raised.values())[:k]) >= sum(raised.values()) / 2)
+    return tuple(raised)[:fewest]
+
+
 def test_the_autopsy_of_the_diverged_run_names_the_step_and_the_groups():
     run = open_run(DATA / "lenet5-mnist-diverged")
     single = run[run.steps.index(114) : run.steps.index(129) + 1]
     model, _ = model_at("lenet5-mnist-diverged", 0)
     problem = ho.Problem(model, data.mnist5k("train", batch_size=64, max_samples=256), F.cross_entropy)
-    ds = ho.summarize_run(single, problem, 3, direction="to:next", keep_batches=4, self_check=False, progress=False)
+    ds = ho.summarize_run(
+        single, problem, 3, direction="to:next", keep_batches=4, measure="path", self_check=False, progress=False
+    )
     found = ds.ho.autopsy(log=pd.read_csv(DATA / "lenet5-mnist-diverged" / "log.csv"))
-    assert (found.step, found.broke.step) == (120, 120)
+    assert (found.step, found.broke.step, found.shares_by) == (120, 120, "path")
     assert found.verdict[0].endswith("The log changes the learning rate there, from 0.05 to 0.5.")
     first = found.suspects.iloc[0]
-    assert (first["kind"], first["alarm"]) == ("overshoot", True)
-    raised = found.shares[found.shares["share"] > 0]
-    assert first["groups"] == tuple(raised["group"][: len(first["groups"])])
+    truth = what_the_groups_did(run, 120, data.mnist5k("train", batch_size=256, max_samples=256))
+    assert next(iter(truth)) == "fc1.weight"
+    assert (first["kind"], first["alarm"], first["groups"]) == ("overshoot", True, half_of_the_rise(truth))
+    told = r"'fc1.weight' \(\+0\.05\d* ± [\d.]+\), 'conv1.weight' \(\+0\.04\d* ± [\d.]+\) raised the loss most"
+    assert re.search(told, found.verdict[1])
+    assert "not told from 'conv2.weight'" in found.verdict[1]  # with 1,024 images it is the second
+
+    alone = ds.drop_vars([v for v in ds if "_path" in str(v)]).ho.autopsy()
+    assert alone.shares_by == "polynomial"
+    assert "measure=['path'] tells without it" in alone.verdict[1]  # what the polynomial cannot say is said
+    shares = alone.shares.set_index("group")
+    assert (np.abs(shares["share"] - pd.Series(truth)) <= shares["left_out"] + 2 * shares["share_se"]).all()
+
+
+def test_the_shipped_study_blames_the_groups_that_raised_the_loss(tmp_path):
+    """On the study's own data, at the step that broke the run; the oracle knows nothing of summaries."""
+    folder = DATA / "lenet5-mnist-diverged"
+    for step in (120, 121):
+        shutil.copy(folder / f"step_{step:05d}.safetensors", tmp_path)
+    spec = StudySpec.read(folder)
+    (options,) = [o for o in spec.settings() if o["direction"] == "to:next"]
+    ds = ho.summarize_run(open_run(tmp_path), spec.problem(), **{**options, "self_check": False}, progress=False)
+    truth = what_the_groups_did(open_run(tmp_path), 120, data.mnist5k("train", batch_size=1024, max_samples=1024))
+    assert half_of_the_rise(truth) == ("fc1.weight", "conv2.weight")
+    did = along_path(ds.isel(step=0))
+    guilty, tied = guilty_of(did)
+    assert tuple(ds.group.values[guilty]) == ("fc1.weight", "conv2.weight")
+    assert ds.group.values[tied].tolist() == ["conv1.weight"]
+    found = ds.ho.autopsy(120)
+    shares = found.shares.set_index("group")
+    off = np.abs(shares["share"] - pd.Series(truth))
+    assert (off <= shares["left_out"] + 1e-5).all()  # rounding of float32
+    assert (off < 0.2 * shares["share_se"]).all()
+    assert_close(shares["share"].sum(), found.measured, rtol=5e-3, atol=0)
+    # the Taylor polynomial is off by several of its sampling errors
+    wrong = np.abs(shares["polynomial"] - pd.Series(truth)) / shares["polynomial_se"]
+    assert wrong["conv1.weight"] > 3
 
 
 def make_runs():

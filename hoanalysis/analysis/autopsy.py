@@ -15,7 +15,7 @@ from hoanalysis import schema
 from hoanalysis.analysis.arrays import require, step_labels
 from hoanalysis.analysis.contributions import shares, terms
 from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
-from hoanalysis.analysis.verdict import Break, best_order, break_of, suspects, verdict
+from hoanalysis.analysis.verdict import Break, best_order, blamed, break_of, suspects, verdict
 from hoanalysis.errors import ArgumentError, SchemaError, listed
 
 NUMBERS = ("predicted", "predicted_se", "measured", "measured_se", "unexplained", "unexplained_se")
@@ -28,10 +28,10 @@ class Autopsy:
     ``terms`` has a row per term, the largest first: ``order``, ``groups`` (a tuple of labels, sorted as in the
     Dataset, repeated as the index is), ``term`` (its name), ``value``, ``se``. Their sum is ``predicted``, and
     ``measured`` = ``predicted`` + ``unexplained``. ``shares`` has a row per group, the one that raised the loss most
-    first: ``share`` (each term split equally among its indices, up to ``shares_order``, the order whose prediction is
-    nearest to what was measured; the shares sum to that prediction), ``share_se``,
-    ``slope`` = D1_s, ``curvature`` = D2_ss and ``overshoot`` = -D2_ss / D1_s: over 2 the group would have raised the
-    loss even alone. ``suspects`` and ``verdict`` are those of `analysis.verdict`, about the whole series.
+    first; see `contributions.shares`. ``shares_by`` is "path" where the slopes along the step were measured, so that
+    the shares sum to the measured change, and "polynomial" elsewhere: then they are those of ``shares_order``, the
+    order whose prediction is nearest to what was measured, and ``left_out`` says how far they may be off. ``suspects``
+    and ``verdict`` are those of `analysis.verdict`, about the whole series.
     """
 
     step: Any
@@ -39,6 +39,7 @@ class Autopsy:
     terms: pd.DataFrame
     shares: pd.DataFrame
     shares_order: int
+    shares_by: str
     predicted: float
     predicted_se: float
     measured: float
@@ -95,7 +96,8 @@ def autopsy(
     at = _position(ds, step, broke, told)
     one, found = ds.isel(step=at), told.isel(step=at, order=-1)
     numbers = {str(n): float(found[n]) for n in NUMBERS}
-    order = best_order(told.isel(step=at))
+    here = told.isel(step=at)
+    did, order = blamed(one, here), best_order(here)
     ranking = suspects(ds, gradient, weights, broke, log)
     labels = step_labels(ds)
     following = labels[at] + float(found["steps"]) if np.isfinite(found["steps"]) else np.nan
@@ -103,8 +105,9 @@ def autopsy(
         step=labels[at],
         to_step=following,
         terms=terms(one),
-        shares=shares(one, order),
+        shares=shares(one, order, float(here["unexplained"].sel(order=order))),
         shares_order=order,
+        shares_by=did.source,
         broke=broke,
         suspects=ranking,
         verdict=verdict(ranking, broke, log),

@@ -17,7 +17,7 @@ from hoanalysis.analysis.regularizer import third
 from hoanalysis.analysis.spectra import spectrum
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.analysis.training_log import used_at
-from hoanalysis.analysis.verdict import best_multiple
+from hoanalysis.analysis.verdict import Break, best_multiple
 from hoanalysis.errors import SchemaError, listed
 
 CLEAR = 2.0  # standard errors from 0 at which an entry is told from 0
@@ -82,7 +82,7 @@ def _at(ds: xr.Dataset, labels: list, i: int) -> Place:
     return (f"At step {labels[i]}" if schema.STEP in ds.coords else "At this checkpoint"), one
 
 
-def pm(value: float, error: float, percent: bool = False) -> str:
+def pm(value: float, error: float, percent: bool = False, sign: bool = False) -> str:
     """A number with its standard error, to two digits of the error.
 
     >>> pm(2.34567, 0.0123)
@@ -92,16 +92,16 @@ def pm(value: float, error: float, percent: bool = False) -> str:
     >>> pm(2.5, float("nan"))
     '2.5 (no standard error)'
     """
-    unit = " %" if percent else ""
+    unit, plus = " %" if percent else "", "+" if sign else ""
     value, error = (100 * value, 100 * error) if percent else (value, error)
     if not np.isfinite(error):
-        return f"{value:.3g}{unit} (no standard error)"
+        return f"{value:{plus}.3g}{unit} (no standard error)"
     if error == 0 or not np.isfinite(value):
-        return f"{value:.4g} ± {error:.2g}{unit}"
+        return f"{value:{plus}.4g} ± {error:.2g}{unit}"
     digits = 1 - int(np.floor(np.log10(error)))
     if not -1 <= digits <= 5:
-        return f"{value:.3g} ± {error:.2g}{unit}"
-    return f"{value:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}{unit}"
+        return f"{value:{plus}.3g} ± {error:.2g}{unit}"
+    return f"{value:{plus}.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}{unit}"
 
 
 def _error(one: xr.Dataset, name: str) -> Array:
@@ -130,19 +130,33 @@ def _steps(series: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> list[s
     if ds is None or schema.STEP not in ds.dims or not {"D1", "D2"} <= set(ds.data_vars) or not single_steps(ds):
         return []
     found = autopsy(ds, gradient=series.get("gradient"), weights=series.get("weights"), log=log)
-    return [*found.verdict, _worst(found), _predicted(ds), _best(ds, log)]
+    return [*found.verdict, _worst(found), *_predicted(ds, found.broke), *_best(ds, log)]
 
 
 def _worst(found: Autopsy) -> str:
-    largest = ", ".join(f"{t.term} {t.value:+.3g} (order {t.order})" for t in found.terms.head(3).itertuples())
+    largest = ", ".join(
+        f"{t.term} {pm(t.value, t.se, sign=True)} (order {t.order})" for t in found.terms.head(3).itertuples()
+    )
     return (
         f"The step from {found.step:g} to {found.to_step:g} changed the loss by {pm(found.measured, found.measured_se)}"
-        f"; the summaries predict {pm(found.predicted, found.predicted_se)}. Its largest terms are {largest}."
+        f"; the summaries predict {pm(found.predicted, found.predicted_se)} and leave "
+        f"{pm(found.unexplained, found.unexplained_se)} unexplained. Their largest terms are {largest}."
     )
 
 
-def _predicted(ds: xr.Dataset) -> str:
-    told = prediction(ds).isel(step=single_steps(ds))
+def _predicted(ds: xr.Dataset, broke: Break | None) -> list[str]:
+    """How well the steps were predicted: before the break and from it on, where there is one."""
+    told, steps = prediction(ds), np.array(single_steps(ds))
+    cut = None if broke is None else broke.position
+    parts = (
+        [("", steps)]
+        if cut is None
+        else [(" before the break", steps[steps < cut]), (" from the break on", steps[steps >= cut])]
+    )
+    return [text for when, part in parts if (text := _predicted_of(told.isel(step=part), when))]
+
+
+def _predicted_of(told: xr.Dataset, when: str) -> str:
     known = np.isfinite(told["measured"].values)
     if not known.any():
         return ""
@@ -150,9 +164,10 @@ def _predicted(ds: xr.Dataset) -> str:
     shares = ", ".join(f"{share:.0%}" for share in within)
     error = np.abs(told["unexplained"].transpose("order", "step").values[:, known])
     better = f"; the last order is nearer than the one before in {(error[-1] < error[-2]).mean():.0%}"
-    what = "single steps" if (told["steps"].values == 1).all() else "moves from checkpoint to checkpoint"
+    what = "single step" if (told["steps"].values == 1).all() else "move from checkpoint to checkpoint"
+    what = what if known.sum() == 1 else what.replace("step", "steps").replace("move", "moves")
     return (
-        f"Of {known.sum()} {what}, the Taylor prediction comes within 10 % of the measured change of the loss in "
+        f"Of {known.sum()} {what}{when}, the Taylor prediction comes within 10 % of the measured change of the loss in "
         f"{shares} at the orders 1 to {len(within)}{better if len(within) > 1 else ''}.{_reach(told)}"
     )
 
@@ -161,26 +176,55 @@ def _reach(told: xr.Dataset) -> str:
     reach = told["reach"].transpose("order", "step").values
     if not np.isfinite(reach).any():
         return ""
-    each = ", ".join(f"{r:.2g}" for r in np.nanmedian(reach, axis=1))
-    return f" It does so up to {each} times the step in the median."
+    low, high = (told[n].transpose("order", "step").values for n in ("reach_low", "reach_high"))
+    each = ", ".join(_between(*map(_median, row)) for row in zip(reach, low, high, strict=True))
+    return f" It does so up to {each} times the step in the median (in brackets: within 2 standard errors)."
 
 
-def _best(ds: xr.Dataset, log: pd.DataFrame | None) -> str:
-    """The learning rate used against the one needed, along the steps that training took."""
+def _median(values: Array) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
+def _between(value: float, low: float, high: float) -> str:
+    return f"{value:.2g} ({low:.2g} to {high:.2g})" if np.isfinite([low, high]).all() else f"{value:.2g}"
+
+
+def _best(ds: xr.Dataset, log: pd.DataFrame | None) -> list[str]:
+    """The learning rate used against the one needed, along the steps that training took, rate by rate of the log."""
     steps = single_steps(ds)
+    used = np.array([used_at(log, step_labels(ds)[i]) or np.nan for i in steps], dtype=float)
     best = np.array([best_multiple(ds.isel(step=i)) for i in steps])
+    rates = list(dict.fromkeys(used.tolist()))
+    if np.isnan(used).any() or len(rates) > REGIMES:
+        return _best_of(best, None, len(rates) > REGIMES and not np.isnan(used).any())
+    return [text for rate in rates for text in _best_of(best[used == rate], rate, False)]
+
+
+REGIMES = 3  # rates in the log that are told one by one; more are a schedule
+
+
+def _best_of(best: Array, rate: float | None, schedule: bool) -> list[str]:
     known = np.isfinite(best)
     if not known.any():
-        return ""
+        return []
+    at = "" if rate is None else f" at a learning rate of {rate:.2g}"
+    middle, spread = np.median(best[known]), _error_of_median(best[known])
     text = (
-        f"Of these steps {known.sum()} start downhill on the given data and {(best < 1).sum()} are longer than what "
-        f"lowers its loss most: the best multiple is {np.median(best[known]):.2g} in the median"
+        f"Of the {len(best)} steps taken{at}, {known.sum()} start downhill on the given data and {(best < 1).sum()} "
+        f"are longer than what lowers its loss most: the best multiple is {pm(middle, spread)} in the median"
     )
-    used = [used_at(log, step_labels(ds)[i]) for i, k in zip(steps, known, strict=True) if k]
-    if None in used:
-        return f"{text}."
-    needed = np.median(best[known] * np.array(used, float))
-    return f"{text}, a learning rate of {needed:.2g} where {np.median(np.array(used, float)):.2g} was used."
+    if rate is not None:
+        return [f"{text}, a learning rate of {pm(rate * middle, rate * spread)}."]
+    return [f"{text}, times the rate that the log has at each." if schedule else f"{text}."]
+
+
+def _error_of_median(values: Array) -> float:
+    """sqrt(pi/2) of the error of the mean, from the middle 68 %, over the steps."""
+    if len(values) < 2:
+        return float("nan")
+    low, high = np.quantile(values, [0.1587, 0.8413])
+    return float(np.sqrt(np.pi / 2 / len(values)) * (high - low) / 2)
 
 
 def _missing(ds: xr.Dataset, labels: list, done: list[int]) -> str:

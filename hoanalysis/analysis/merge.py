@@ -36,10 +36,10 @@ def merge(ds: xr.Dataset, by: By) -> xr.Dataset:
     Returns
     -------
     Dataset
-        D1, D2, .. and their blocks summed; standard errors sqrt(n/(n-1) sum w^2 (x_b - x)^2 / (sum w)^2) from the
-        block means x_b where blocks are kept, dropped otherwise; stored diagonals and the measured ``change_removed``
-        dropped wherever groups were really merged. ``direction_norm`` is the root of the sum of squares, ``numel`` the
-        sum.
+        D1, D2, .., the slopes along the path, and their blocks summed; standard errors sqrt(n/(n-1) sum w^2 (x_b -
+        x)^2 / (sum w)^2) from the block means x_b where blocks are kept, dropped otherwise; stored diagonals and the
+        measured ``change_removed`` dropped wherever groups were really merged. ``direction_norm`` is the root of the
+        sum of squares, ``numel`` the sum.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def merge(ds: xr.Dataset, by: By) -> xr.Dataset:
     names = {name: _dims(array) for name, array in ds.data_vars.items()}
     kept = {name: array for name, array in ds.data_vars.items() if not names[name]}
     for name, dims in names.items():
-        if re.fullmatch(r"D[1-9]\d*(_batch)?", str(name)) and dims:
+        if re.fullmatch(rf"(D[1-9]\d*|{schema.SLOPE_PATH})(_batch)?", str(name)) and dims:
             kept[name] = _summed(ds[name], list(groups.values()))
     merged = xr.Dataset(kept).drop_vars([c for c in ds.coords if _dims(ds[c])], errors="ignore")
     merged = merged.assign_coords({c: v for c, v in ds.coords.items() if not _dims(v)})
@@ -130,8 +130,8 @@ def _summed(array: xr.DataArray, members: list[list[int]]) -> xr.DataArray:
 
 
 def _with_errors(merged: xr.Dataset, ds: xr.Dataset) -> xr.Dataset:
-    for order in schema.orders(merged):
-        name = schema.derivative(order)
+    summed = [schema.derivative(d) for d in schema.orders(merged)]
+    for name in summed + [schema.SLOPE_PATH] * (schema.SLOPE_PATH in merged):
         if schema.blocks_of(name) in merged and schema.WEIGHT in merged:
             attrs = ds[schema.error_of(name)].attrs if schema.error_of(name) in ds else {"units": "loss"}
             merged[schema.error_of(name)] = error_over_blocks(

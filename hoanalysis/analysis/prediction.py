@@ -3,9 +3,10 @@
     predicted_d = sum_{k=1..d} D^(k)[1_S,..,1_S] / k!        measured = L(theta + u) - L(theta)
 
 u is the step that training took (the direction ``to:next``), so that eta = 1 for every group. The measured change is
-``change_along`` at tau = 1 where it is stored, and otherwise the loss of the next checkpoint minus the loss of this
-one, both on the data of the Dataset. Errors are those of paired differences over the kept blocks: the noise of the two
-losses cancels as far as the same samples are behind both.
+``change_along`` at tau = 1 or ``change_path`` at the end of the path where they are stored, and otherwise the loss of
+the next checkpoint minus the loss of this one, both on the data of the Dataset. Errors are those of paired differences
+over the kept blocks: the noise of the two losses cancels as far as the same samples are behind both. Without blocks
+that of a stored change is the stored one, over the batches.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import checkpoints, labelled, require, step_labels
+from hoanalysis.analysis.arrays import Array, checkpoints, labelled, require, step_labels
 from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.analysis.taylor import highest_order
 from hoanalysis.errors import SchemaError
@@ -32,12 +33,13 @@ def prediction(ds: xr.Dataset) -> xr.Dataset:
     Dataset
         Over ``step`` where ``ds`` has it, and ``order`` = 1..d, in loss: ``measured``, ``predicted`` (order),
         ``unexplained`` (order) = measured - predicted, each with ``<name>_se``, paired over the kept blocks and NaN
-        without them. ``predicted_alone`` (order, group): the same with the other groups held still,
-        sum_k D^(k)[s,..,s]/k!, and ``measured_alone`` (group) where ``change_removed`` is stored. Without unit:
-        ``within`` (order), whether |unexplained| <= 0.1 |measured|; ``reach`` (order), the largest tau that is stored
-        in ``change_along`` such that the prediction at it and at every smaller one is as close (0 where it already
-        fails at the smallest, NaN where ``change_along`` is not stored). ``steps`` is the number of training steps
-        that u spans.
+        without them (``measured_se`` then is the stored one, where the change itself is stored). ``predicted_alone``
+        (order, group): the same with the other groups held still, sum_k D^(k)[s,..,s]/k!, and ``measured_alone``
+        (group) where ``change_removed`` is stored. Without unit: ``within`` (order), whether |unexplained| <= 0.1
+        |measured|; ``reach`` (order), the largest tau that is stored in ``change_along`` such that the prediction at it
+        and at every smaller one is as close (0 where it already fails at the smallest, NaN where ``change_along`` is
+        not stored); ``reach_low`` and ``reach_high`` (order), the same with the difference taken 2 standard errors
+        larger, or smaller. ``steps`` is the number of training steps that u spans.
 
     Raises
     ------
@@ -50,19 +52,21 @@ def prediction(ds: xr.Dataset) -> xr.Dataset:
     top = highest_order(ds)
     require(ds, schema.LOSS, *[schema.derivative(d) for d in range(1, max(top, 1) + 1)])
     order = xr.Variable("order", np.arange(1, top + 1), {"long_name": "order of the prediction", "units": ""})
-    measured, measured_blocks = _measured(ds)
+    measured, measured_blocks, stored = _measured(ds)
     predicted, blocks = _predicted(ds, top, order)
     left = measured - predicted
     paired = None if blocks is None or measured_blocks is None else measured_blocks - blocks
     found = {
         "measured": measured.rename("measured"),
-        "measured_se": _error(ds, measured, measured_blocks),
+        "measured_se": stored
+        if measured_blocks is None and stored is not None
+        else _error(ds, measured, measured_blocks),
         "predicted": predicted,
         "predicted_se": _error(ds, predicted, blocks),
         "unexplained": left,
         "unexplained_se": _error(ds, left, paired),
         "within": _within(left, measured),
-        "reach": _reach(ds, predicted, top, order),
+        **_reach(ds, predicted, top, order),
         "predicted_alone": _alone(ds, top, order),
         "steps": _spans(ds),
     }
@@ -82,6 +86,8 @@ TITLES = {
     "unexplained": ("measured minus predicted change of the loss", "loss"),
     "within": ("whether the prediction is within 10 % of the measured change", "1"),
     "reach": ("largest multiple of the step that is predicted within 10 %", "1"),
+    "reach_low": ("largest multiple of the step that is predicted within 10 % beyond doubt", "1"),
+    "reach_high": ("largest multiple of the step that may be predicted within 10 %", "1"),
     "predicted_alone": ("predicted change of the loss when the group alone takes its step", "loss"),
     "measured_alone": ("measured change of the loss when the group alone takes its step", "loss"),
     "steps": ("training steps from this checkpoint to the next", "1"),
@@ -97,12 +103,14 @@ def _named(ds: xr.Dataset, name: str, array: xr.DataArray) -> xr.DataArray:
     return labelled(ds, array.transpose(*lead, *dims).values, dims, name, title, units, **own)
 
 
-def _measured(ds: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray | None]:
-    """The measured change, and its sums over blocks where they are kept."""
-    if schema.CHANGE_ALONG in ds and (np.asarray(ds[schema.TAU].values) == 1).any():
-        at = int(np.flatnonzero(np.asarray(ds[schema.TAU].values) == 1)[0])
-        blocks = schema.blocks_of(schema.CHANGE_ALONG)
-        return _plain(ds[schema.CHANGE_ALONG].isel(tau=at)), _plain(ds[blocks].isel(tau=at)) if blocks in ds else None
+def _measured(ds: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray | None, xr.DataArray | None]:
+    """The measured change, its sums over blocks where they are kept, and its stored error where it is stored itself."""
+    for name, dim in ((schema.CHANGE_ALONG, schema.TAU), (schema.CHANGE_PATH, schema.NODE)):
+        whole = np.flatnonzero(np.asarray(ds[dim].values) == 1) if name in ds else []
+        if len(whole):
+            names = (name, schema.blocks_of(name), schema.error_of(name))
+            value, blocks, error = (_plain(ds[n].isel({dim: int(whole[0])})) if n in ds else None for n in names)
+            return value, blocks, error
     if ds.attrs.get("direction") != NEXT or schema.STEP not in ds.dims:
         raise SchemaError(
             "there is no measured change of the loss to compare with",
@@ -111,7 +119,7 @@ def _measured(ds: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray | None]:
         )
     blocks = schema.blocks_of(schema.LOSS)
     paired = _difference(ds[blocks]) if blocks in ds and _same_blocks(ds) else None
-    return _difference(ds[schema.LOSS]), paired
+    return _difference(ds[schema.LOSS]), paired, None
 
 
 def _plain(array: xr.DataArray) -> xr.DataArray:
@@ -169,16 +177,36 @@ def _alone(ds: xr.Dataset, top: int, order: xr.Variable) -> xr.DataArray:
     return _cumulated(terms, order).assign_coords({schema.GROUP: ds[schema.GROUP]})
 
 
-def _reach(ds: xr.Dataset, predicted: xr.DataArray, top: int, order: xr.Variable) -> xr.DataArray:
+def _reach(ds: xr.Dataset, predicted: xr.DataArray, top: int, order: xr.Variable) -> dict[str, xr.DataArray]:
+    names = ("reach", "reach_low", "reach_high")
     if schema.CHANGE_ALONG not in ds:
-        return xr.full_like(predicted, np.nan)
+        return dict.fromkeys(names, xr.full_like(predicted, np.nan))
     tau = np.asarray(ds[schema.TAU].values, float)
     forward = np.flatnonzero(tau > 0)
-    real = _plain(ds[schema.CHANGE_ALONG].isel(tau=forward)).assign_coords(tau=tau[forward])
-    powers = [_summed(ds[schema.derivative(d)], d) * real.tau**d for d in range(1, top + 1)]
-    close: xr.DataArray = abs(_cumulated(powers, order) - real) <= WITHIN * abs(real)
-    reached = (close.astype(int).cumprod("tau") * real.tau).max("tau")
-    return reached.where(predicted.notnull())
+    left, real, error = _unexplained_along(ds, tau, forward, top, order)
+    found = {}
+    for name, doubt in zip(names, (0.0, 2.0, -2.0), strict=True):
+        close: xr.DataArray = abs(left) + doubt * error <= WITHIN * abs(real)
+        reached = (close.astype(int).cumprod("tau") * real.tau).max("tau")
+        found[name] = reached.where(predicted.notnull() & (error.notnull().all("tau") if doubt else True))
+    return found
+
+
+def _unexplained_along(
+    ds: xr.Dataset, tau: Array, forward: Array, top: int, order: xr.Variable
+) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    """Predicted minus measured change at each tau > 0, the measured one, and the paired error of the difference."""
+
+    def against(change: str, names: list[str]) -> tuple[xr.DataArray, xr.DataArray]:
+        real = _plain(ds[change].isel(tau=forward)).assign_coords(tau=tau[forward])
+        powers = [_summed(ds[name], d) * real.tau**d for d, name in enumerate(names, 1)]
+        return _cumulated(powers, order) - real, real
+
+    names = [schema.derivative(d) for d in range(1, top + 1)]
+    left, real = against(schema.CHANGE_ALONG, names)
+    kept = [schema.blocks_of(n) for n in (schema.CHANGE_ALONG, *names)]
+    whole = all(n in ds for n in (*kept, schema.WEIGHT))
+    return left, real, _error(ds, left, against(kept[0], kept[1:])[0] if whole else None)
 
 
 def _spans(ds: xr.Dataset) -> xr.DataArray:

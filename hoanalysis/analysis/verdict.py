@@ -25,9 +25,9 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, kept_blocks, step_labels, tensor
-from hoanalysis.analysis.contributions import shares
-from hoanalysis.analysis.errorbars import error_of_mean
+from hoanalysis.analysis.arrays import Array, Tensors, kept_blocks, step_labels, tensor, tensors
+from hoanalysis.analysis.contributions import PATH, Shares, what_groups_did
+from hoanalysis.analysis.errorbars import error_of_mean, standard_error
 from hoanalysis.analysis.prediction import prediction
 from hoanalysis.analysis.taylor import highest_order
 from hoanalysis.analysis.training_log import used_at
@@ -146,12 +146,13 @@ def suspects(
     threshold), ``alarm`` (whether it is beyond the threshold and told from it) and ``statement``. Needs a series along
     ``to:next``; what ``gradient`` and ``weights`` are for is left out without them.
     """
-    found, paces = [*_still(ds, gradient), *_decay(ds, chains(ds, log))], []
+    pulls, paces = _decay(ds, chains(ds, log)), []
+    found = [*_still(ds, gradient), *pulls]
     if gradient is not None:
         rule = update_rule(ds, gradient, weights, log)
         found += _rates(rule)
         paces = _momentum(rule)
-    found += _told_apart(_ways(ds, broke), paces)
+    found += _told_apart(_ways(ds, broke), paces, pulls)
     found.sort(key=lambda s: (not s.alarm, s.kind == "overshoot", -s.score))
     return pd.DataFrame(found, columns=Suspect._fields)
 
@@ -167,11 +168,12 @@ def _still(ds: xr.Dataset, gradient: xr.Dataset | None) -> list[Suspect]:
             continue
         start = labels[int(still[0])]
         size = np.nan if gradient is None else _gradient_norm(gradient, [labels[i] for i in still], s)
-        if size == 0:
-            text = f"{name!r} does not move from step {start} on, and has no gradient."
+        if not size > 0:
+            why = "has no gradient" if size == 0 else "whether it has a gradient was not computed"
+            text = f"{name!r} does not move from step {start} on, and {why}."
             out.append(Suspect("does not move", (name,), start, 1.0, False, text))
             continue
-        although = f", although its gradient is not 0 (norm {size:.2g})" if size > 0 else ""
+        although = f", although its gradient is not 0 (norm {size:.2g})"
         text = f"{name!r} does not move at all from step {start} on{although}: its learning rate is 0."
         out.append(Suspect("does not move", (name,), start, np.inf, True, text))
     return out
@@ -217,7 +219,8 @@ def _rate(name: str, rate: float, error: float, middle: float, one: xr.Dataset) 
 
 
 def _pm(value: float, error: float, digits: str = ".2g") -> str:
-    return f"{value:{digits}} ± {error:{'.1g' if digits == '.2g' else digits}}"
+    known = f"± {error:{digits if digits.endswith('f') else '.1g'}}" if np.isfinite(error) else "(no standard error)"
+    return f"{value:{digits}} {known}"
 
 
 def _momentum(rule: xr.Dataset) -> list[Suspect]:
@@ -288,8 +291,8 @@ def _ways(ds: xr.Dataset, broke: Break | None) -> list[Suspect]:
     share = first / (HALF * climb)
     data = bool(len(broke.climbs) >= PAIRS and share > 1 and first > CLEAR * np.nan_to_num(error))
     text = (
-        f"From step {broke.step} to {broke.to_step} the first order adds {first:+.3g} of the {climb:+.3g} by which the "
-        f"loss climbed, uphill in {int((slopes > 0).sum())} of {len(slopes)} groups"
+        f"From step {broke.step} to {broke.to_step} the first order adds {_pm(first, error, '+.3g')} of the "
+        f"{climb:+.3g} by which the loss climbed, uphill in {int((slopes > 0).sum())} of {len(slopes)} groups"
     )
     text += ": the steps follow other data or labels than these." if data else "."
     guilty, how = _overshoot(ds, broke)
@@ -300,10 +303,13 @@ def _ways(ds: xr.Dataset, broke: Break | None) -> list[Suspect]:
     ]
 
 
-def _sums(one: xr.Dataset) -> Array:
+def _sums(t: Tensors) -> Array:
     """D^(d)[1_S,..,1_S] / d!, d = 1.. : the terms of the whole step."""
-    orders = range(1, highest_order(one) + 1)
-    return np.array([tensor(one, schema.derivative(d)).sum() / factorial(d) for d in orders])
+    return np.array([t[schema.derivative(d)].sum() / factorial(d) for d in range(1, len(t) + 1)])
+
+
+def _derivatives(one: xr.Dataset) -> list[str]:
+    return [schema.derivative(d) for d in range(1, highest_order(one) + 1)]
 
 
 def _first_order(ds: xr.Dataset, steps: Sequence[int]) -> tuple[float, float]:
@@ -322,20 +328,52 @@ def _slopes(ds: xr.Dataset, steps: Sequence[int]) -> Array:
 
 def _overshoot(ds: xr.Dataset, broke: Break) -> tuple[tuple[str, ...], str]:
     """The groups that make half of what raised the loss at the step where it broke, and how long it had to be."""
-    one = ds.isel(step=broke.position)
-    raised = shares(one, best_order(prediction(ds).isel(step=broke.position))).query("share > 0")
-    before = raised["share"].cumsum() - raised["share"]
-    guilty = raised[before < HALF * raised["share"].sum()]
-    told = [f"{g.group!r} ({g.share:+.2g} ± {g.share_se:.1g})" for g in guilty.head(4).itertuples()]
-    terms, best = _sums(one), best_multiple(one)
+    one, told = ds.isel(step=broke.position), prediction(ds).isel(step=broke.position)
+    did = blamed(one, told)
+    guilty, tied = guilty_of(did)
+    names, error = np.array(schema.labels(one), dtype=object), did.error
+    listed = [f"{names[s]!r} ({did.value[s]:+.2g} ± {error[s]:.1g})" for s in guilty[:4]]
+    terms, sure = _sums(tensors(one, _derivatives(one))), standard_error(one, _derivatives(one), _sums)
     start = "starts downhill" if terms[0] < 0 else "already starts uphill, carried by the steps before,"
     text = (
-        f"The step from {broke.step} to {broke.next_step} {start} (first order {terms[0]:+.3g}, second {terms[1]:+.3g}"
-        f"); {', '.join(told) or 'no group'} raised the loss most"
+        f"The step from {broke.step} to {broke.next_step} {start} (first order "
+        f"{_pm(terms[0], sure[0], '+.3g')}, second {_pm(terms[1], sure[1], '+.3g')}); "
+        f"{', '.join(listed) or 'no group'} raised the loss most{_doubt(did, names, tied)}."
     )
-    return tuple(guilty["group"]), text + (
-        f". {best:.2g} of the step would have been best." if np.isfinite(best) else "."
+    best, best_se = best_multiple(one), best_multiple_error(one)
+    return tuple(names[guilty]), text + (
+        f" {_pm(best, best_se)} of the step would have been best." if np.isfinite(best) else ""
     )
+
+
+def _doubt(did: Shares, names: Array, tied: Sequence[int]) -> str:
+    """How far the blame can be trusted."""
+    near = f", not told from {', '.join(repr(names[s]) for s in tied[:4])}" if tied else ""
+    if did.source == PATH:
+        return f"{near}, by the slopes measured along the step"
+    return (
+        f"{near}, by the Taylor polynomial of order {did.order}, whose errors here count what it leaves out; "
+        "measure=['path'] tells without it"
+    )
+
+
+def blamed(one: xr.Dataset, told: xr.Dataset) -> Shares:
+    """What the groups did in one step: by the path, else by the polynomial of the order that predicts it best."""
+    order = best_order(told)
+    return what_groups_did(one, order, float(told["unexplained"].sel(order=order)))
+
+
+def guilty_of(did: Shares) -> tuple[list[int], list[int]]:
+    """The groups, the first one first, that together make half of what raised the loss; and those behind them that
+    are within 2 standard errors of the last of these."""
+    ranked = [int(s) for s in np.argsort(-did.value, kind="stable") if did.value[s] > 0]
+    so_far = np.cumsum(did.value[ranked])
+    count = int((so_far - did.value[ranked] < HALF * so_far[-1]).sum()) if ranked else 0
+    guilty, rest = ranked[:count], ranked[count:]
+    if not guilty:
+        return [], []
+    last = guilty[-1]
+    return guilty, [s for s in rest if did.value[last] - did.value[s] < CLEAR * did.difference_error(last, s)]
 
 
 def best_order(told: xr.Dataset) -> int:
@@ -348,18 +386,31 @@ def best_order(told: xr.Dataset) -> int:
 def best_multiple(one: xr.Dataset) -> float:
     """The smallest tau > 0 where the Taylor polynomial of L(theta + tau u) has a minimum; NaN where it starts uphill or
     has none ahead. Times the learning rate that was used, it is the one that was needed along this step."""
-    terms = _sums(one)
+    return float(_turn(_sums(tensors(one, _derivatives(one)))))
+
+
+def best_multiple_error(one: xr.Dataset) -> float:
+    """The standard error of `best_multiple` over the kept blocks (NaN without them), with how far the polynomial of one
+    order less turns elsewhere."""
+    names = _derivatives(one)
+    sample = float(standard_error(one, names, lambda t: _turn(_sums(t))))
+    terms = _sums(tensors(one, names))
+    return float(np.hypot(sample, _turn(terms) - _turn(terms[:-1]))) if len(terms) > 2 else sample
+
+
+def _turn(terms: Array) -> Array:
     if not terms[0] < 0:
-        return float("nan")
+        return np.array(np.nan)
     roots = np.asarray(np.polynomial.Polynomial([d * float(t) for d, t in enumerate(terms, 1)]).roots())
     ahead = [float(r.real) for r in roots if abs(r.imag) <= 1e-12 * abs(r) and r.real > 0]
-    return min(ahead, default=float("nan"))
+    return np.array(min(ahead, default=np.nan))
 
 
-def _told_apart(ways: list[Suspect], paces: list[Suspect]) -> list[Suspect]:
+def _told_apart(ways: list[Suspect], paces: list[Suspect], pulls: list[Suspect]) -> list[Suspect]:
     """Momentum over 1 carries the steps uphill at first order, as other data do: where all groups show the same
-    momentum over 1 it is the cause (`update_rule` counts their disagreement in its error)."""
-    if any(p.alarm for p in paces):
+    momentum over 1 it is the cause (`update_rule` counts their disagreement in its error). So does a weight decay
+    that makes most of the steps."""
+    if any(p.alarm for p in (*paces, *pulls)):
         ways = [w._replace(alarm=False) if w.kind == "data" else w for w in ways]
     return ways + ([_earliest(paces)] if paces else [])
 

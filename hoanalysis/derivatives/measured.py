@@ -3,10 +3,13 @@
     change_along[tau]          L(theta + tau u) - L(theta)
     change_removed[s]          L(theta + U^s) - L(theta)              u = weights: group s is really removed
     change_removed_pair[s,t]   L(theta + U^s + U^t) - L(theta)        on the diagonal: s alone
+    change_path[q]             L(theta + t_q u) - L(theta)            at the nodes t_q of a quadrature over 0..1
+    slope_path[q,s]            U^s . gradient L(theta + t_q u)
 
-Forward passes, without gradients. The change is taken batch by batch, so that its standard error is that of paired
-differences, which is far smaller than that of either loss. A loss that overflows is kept as inf or NaN: that is what
-was measured.
+Forward passes, and for the last two a gradient at each node: what each group did to the loss along the step is the
+integral of its slope (`hoanalysis.analysis.path`). The change is taken batch by batch, so that its standard error is
+that of paired differences, which is far smaller than that of either loss. A loss that overflows is kept as inf or NaN:
+that is what was measured.
 """
 
 from __future__ import annotations
@@ -22,29 +25,33 @@ from torch import Tensor
 from hoanalysis import schema
 from hoanalysis.derivatives.chunks import chunks
 from hoanalysis.derivatives.engines import Engine, Task
+from hoanalysis.directions import group_sums
 from hoanalysis.problem import Batch
 
-#: What can be measured, and the name of the quantity that holds it.
+#: What can be measured, and the names of the quantities that hold it.
 MEASURES = {
-    "along": schema.CHANGE_ALONG,
-    "removed": schema.CHANGE_REMOVED,
-    "pairs": schema.CHANGE_REMOVED_PAIR,
+    "along": (schema.CHANGE_ALONG,),
+    "removed": (schema.CHANGE_REMOVED,),
+    "pairs": (schema.CHANGE_REMOVED_PAIR,),
+    "path": (schema.CHANGE_PATH, schema.SLOPE_PATH),
 }
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Which losses to measure; ``taus`` are the multiples of u for ``along``."""
+    """Which losses to measure; ``taus`` are the multiples of u for ``along``, ``nodes`` those for ``path``."""
 
     what: tuple[str, ...] = ()
     taus: tuple[float, ...] = ()
+    nodes: tuple[float, ...] = ()
 
 
 NOTHING = Measure()
 
 
 def measured(engine: Engine, measure: Measure, batch: Batch) -> dict[str, np.ndarray]:
-    """The changes of the loss of one batch (already cast): quantity -> (tau,), (S,) or (S, S).
+    """The changes of the loss of one batch (already cast): quantity -> (tau,), (S,), (S, S), (node,) or
+    (node, S).
 
     A batch is cut into the chunks that the engine would take, and into none where the loss couples its samples.
     """
@@ -73,7 +80,22 @@ def _changes(task: Task, measure: Measure, batch: Batch) -> dict[str, np.ndarray
         for s, t in itertools.combinations(groups, 2):
             pairs[s, t] = pairs[t, s] = _loss(task, _moved(task, (s, t)), batch) - here
         out[schema.CHANGE_REMOVED_PAIR] = pairs
+    if "path" in measure.what:
+        losses, slopes = zip(*[_sloped(task, node, batch) for node in measure.nodes], strict=True)
+        out[schema.CHANGE_PATH], out[schema.SLOPE_PATH] = np.array(losses) - here, np.stack(slopes)
     return out
+
+
+def _sloped(task: Task, node: float, batch: Batch) -> tuple[float, np.ndarray]:
+    """The loss at theta + node u, and U^s . gradient of each group there, shape (S,); NaN as in `_loss`."""
+    leaves = {n: p.detach().requires_grad_() for n, p in _along(task, node).items()}
+    try:
+        loss = task.problem.batch_value(leaves, task.state, batch)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    except torch.linalg.LinAlgError:
+        return float("nan"), np.full(len(task.partition), np.nan)
+    products = {n: g * task.direction[n] for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    return float(loss.detach()), group_sums(products, task.partition)
 
 
 def _along(task: Task, tau: float) -> dict[str, Tensor]:
