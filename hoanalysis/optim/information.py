@@ -104,19 +104,24 @@ class Information:
         return {k: scale * t.numpy() for k, t in named.items()}
 
     def _averaged(self, weights: Array, found: list[dict[str, Array]], norms: Array) -> Known:
+        """In units of |U^s|: u differs from time to time in length more than the loss does in shape."""
+        unit = np.where(norms > 0, norms, 1.0)
+
         def mean(kept: list[int]) -> dict[str, Array]:
             total = weights[kept].sum()
-            return {k: sum(weights[i] * found[i][k] for i in kept) / total for k in found[0]}  # type: ignore[misc]
+            return {k: sum(weights[i] * found[i][k] for i in kept) / total / _size(k, unit) for k in found[0]}
 
         def joined(new: Mapping[str, Array]) -> dict[str, Array]:
-            old = self.average
-            return {k: old * self._sums[k] + (1 - old) * x if self._sums else (1 - old) * x for k, x in new.items()}
+            old = self.average if self._sums else 0.0
+            return {k: (old * self._sums[k] if old else 0.0) + (1 - self.average) * x for k, x in new.items()}
+
+        def scaled(sums: Mapping[str, Array]) -> dict[str, Array]:
+            return {k: x * _size(k, unit) / self._weight for k, x in sums.items()}
 
         everything = list(range(len(found)))
         left_out = [joined(mean([j for j in everything if j != i])) for i in everything] if len(found) > 1 else []
         self._sums, self._weight = joined(mean(everything)), self.average * self._weight + 1 - self.average
-        tensors = {k: x / self._weight for k, x in self._sums.items()}
-        return Known(tensors, tuple({k: x / self._weight for k, x in one.items()} for one in left_out), norms)
+        return Known(scaled(self._sums), tuple(scaled(one) for one in left_out), norms)
 
     def _derivatives(self, state: State, u: Mapping[str, Tensor], batch: Batch) -> BatchDerivatives:
         task = engines.Task(self.problem, state, u, self.partition, self.request, self.memory, IDENTITY)
@@ -148,11 +153,19 @@ class Information:
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self.used, "weight": self._weight, "sums": {k: x.copy() for k, x in self._sums.items()}}
+        sums = {k: torch.tensor(x) for k, x in self._sums.items()}  # tensors pass `torch.load` with weights_only
+        return {"used": self.used, "weight": self._weight, "sums": sums}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where a run was saved: with its averages, and after as many batches."""
-        self._sums = {k: np.array(x, dtype=float) for k, x in saved["sums"].items()}
+        self._sums = {k: x.numpy().copy() for k, x in saved["sums"].items()}
         self._weight, self._stream, self.used = saved["weight"], None, 0
         for _ in range(saved["used"]):
             self._next()
+
+
+def _size(name: str, norms: Array) -> Array:
+    """prod_i |U^(s_i)| for each entry of a tensor, |U^s|^d for a diagonal of order d."""
+    if name == schema.diagonal(3):
+        return norms**3
+    return norms if name == schema.derivative(1) else np.multiply.outer(norms, norms)

@@ -69,6 +69,8 @@ class SummaryNewton(torch.optim.Optimizer):
         Batches for each measurement.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
+    backtracking
+        How often eta may be halved, 0 for never.
     engine, memory
         As of `hoanalysis.summarize`.
 
@@ -82,6 +84,10 @@ class SummaryNewton(torch.optim.Optimizer):
 
     Notes
     -----
+    A measurement is followed by backtracking: eta is halved until the loss of the same batches falls by a tenth of what
+    its slope says, at most ``backtracking`` times, for a forward pass each. In the steps until the next one negative
+    rates count as 0, and no group goes further than |eta_s U^s| was when it was measured.
+
     Dropout makes L random and is refused by `Problem`; BatchNorm in train mode is differentiated as it is. Gradients
     may be clipped before `step`: u is what it finds in ``.grad``. Groups without effect (a bias before a norm), and
     groups with a slope but no curvature, do not move, and ``status`` names them.
@@ -159,7 +165,7 @@ class SummaryNewton(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; every ``period``-th measures first. Returns what ``closure`` returns, if one is given."""
         loss = None
         if closure is not None:
@@ -262,6 +268,7 @@ class SummaryNewton(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != EXTRA})
         self._steps, self.status = own["steps"], own["status"]
         self._eta = None if own["eta"] is None else np.array(own["eta"], dtype=float)
+        self._lengths = np.array(own["lengths"], dtype=float)
         self.information.load_state_dict(own["information"])
 
 

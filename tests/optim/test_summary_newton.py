@@ -1,0 +1,292 @@
+"""The step of `SummaryNewton` against methods that it must become in its limits, and what a loop asks of it."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+import hoanalysis as ho
+from hoanalysis import models
+from hoanalysis.optim import SummaryNewton
+
+
+def batch(samples: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 3, generator=g, dtype=torch.float64), torch.randint(0, 3, (samples,), generator=g)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def train(model: nn.Module, data: list, steps: int, loss=F.cross_entropy, **options) -> SummaryNewton:
+    optimizer = SummaryNewton(ho.Problem(model, data, loss), **options)
+    for i in range(steps):
+        x, y = data[i % len(data)]
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def gradient_and_hessian(model: nn.Module, x: Tensor, y: Tensor, loss) -> tuple[Tensor, Tensor]:
+    """Of the flat parameters, by torch.func."""
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+
+    def f(theta: Tensor) -> Tensor:
+        parts = theta.split([s.numel() for s in shapes.values()])
+        return loss(
+            functional_call(model, {n: t.view(s) for (n, s), t in zip(shapes.items(), parts, strict=True)}, (x,)), y
+        )
+
+    theta = flat(model)
+    return torch.func.grad(f)(theta), hessian(f)(theta)
+
+
+def test_one_group_is_the_method_of_cauchy():
+    model, data = network(), [batch()]
+    g, h = gradient_and_hessian(model, *data[0], F.cross_entropy)
+    expected = flat(model) - (g @ g) / (g @ h @ g) * g
+    train(model, data, 1, partition="trivial", regularization=None, backtracking=0)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_group_per_parameter_is_the_method_of_newton_on_a_convex_problem():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(3, 3).double(), batch(60)
+
+    def loss(output, target):  # the ridge makes the Hessian of softmax regression definite
+        return F.cross_entropy(output, target) + 0.05 * output.square().mean()
+
+    for _ in range(3):
+        g, h = gradient_and_hessian(model, x, y, loss)
+        expected = flat(model) - torch.linalg.solve(h, g)
+        train(model, [(x, y)], 1, loss=loss, partition="discrete", regularization=None)
+        torch.testing.assert_close(flat(model), expected, rtol=1e-9, atol=1e-9)
+    assert float(gradient_and_hessian(model, x, y, loss)[0].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum", "adam"])
+def test_the_first_step_reaches_the_minimum_of_a_quadratic_along_the_groups(direction):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=True)).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    y = torch.randn(20, 2, dtype=torch.float64)
+    before = copy.deepcopy(model)
+    F.mse_loss(before(x), y).backward()
+    optimizer = train(model, [(x, y)], 1, loss=F.mse_loss, direction=direction, regularization=None)
+    u = [
+        (p.grad if direction != "adam" else p.grad / (p.grad.abs() + 1e-8)) for p in before.parameters()
+    ]  # the first u of momentum is g, that of Adam g / (|g| + eps)
+    J = torch.stack([(x @ u[0].T).flatten(), u[1].expand(20, 2).flatten()], 1)
+    eta = torch.linalg.lstsq(J, (before(x) - y).detach().flatten()).solution
+    np.testing.assert_allclose(list(optimizer.rates.values()), eta.numpy(), rtol=1e-9)
+    for p, b, u_s, eta_s in zip(model.parameters(), before.parameters(), u, eta, strict=True):
+        torch.testing.assert_close(p.detach(), b.detach() - eta_s * u_s, rtol=1e-9, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    """The same function whatever alpha: tensor s enters as alpha_s T_s, with T_s = theta_s / alpha_s."""
+
+    def __init__(self, alpha: list[float]) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.t = nn.ParameterList([p.detach() / a for p, a in zip(network().parameters(), alpha, strict=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, b1, w2, b2 = (a * t for a, t in zip(self.alpha, self.t, strict=True))
+        return torch.tanh(x @ w1.T + b1) @ w2.T + b2
+
+
+OPTIONS = [
+    {},
+    {"regularization": "r", "epsilon": 0.7},
+    {"regularization": "ridge", "negative": "clip"},
+    {"average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_trajectories_do_not_depend_on_the_scale_of_tensors(options):
+    data = [batch(12, seed) for seed in range(4)]
+    alpha = np.random.default_rng(0).uniform(0.1, 10, 4).tolist()
+    plain, scaled = Scaled([1.0] * 4), Scaled(alpha)
+    for model in (plain, scaled):
+        train(model, data, 20, period=3, **options)
+    assert float((flat(plain) - flat(Scaled([1.0] * 4))).norm()) > 1e-2
+    for a, t, expected in zip(alpha, scaled.t, plain.t, strict=True):
+        torch.testing.assert_close(a * t, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_trajectories_do_not_depend_on_the_parameterization():
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 12, generator=g).double(), torch.randint(0, 3, (8,), generator=g)) for _ in range(4)]
+    outputs, made = {}, {}
+    for kind in models.PARAMETERIZATIONS:
+        torch.manual_seed(0)
+        made[kind] = models.MLP((12, 7, 3), activation="tanh", parameterization=kind).double()
+    for plain, ntk in zip(made["standard"].layers, made["ntk"].layers, strict=True):
+        plain.weight.data = ntk.scale * ntk.weight.data  # in float64: they are drawn in float32
+    for kind, model in made.items():
+        before = model(data[0][0]).detach()
+        train(model, data, 20, period=3)
+        outputs[kind] = model(data[0][0]).detach(), before
+    (ntk, ntk_before), (standard, standard_before) = outputs["ntk"], outputs["standard"]
+    torch.testing.assert_close(ntk_before, standard_before, rtol=1e-12, atol=1e-12)
+    assert float((ntk - ntk_before).norm()) > 1e-2
+    torch.testing.assert_close(ntk, standard, rtol=1e-6, atol=1e-6)
+
+
+def test_a_zero_gradient_and_a_linear_loss_move_nothing_and_say_so():
+    model, (x, y) = network(), batch()
+    optimizer = SummaryNewton(ho.Problem(model, [(x, y)], F.cross_entropy))
+    before = flat(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.status == "skipped: the gradient is zero"
+    torch.testing.assert_close(flat(model), before, rtol=0, atol=0)
+
+    line = nn.Linear(3, 1).double()
+    before = flat(line)
+    optimizer = train(line, [(x, x)], 2, loss=lambda o, t: o.mean())
+    assert optimizer.status.startswith("skipped: no group has curvature")
+    torch.testing.assert_close(flat(line), before, rtol=0, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_named():
+    model, data = network(), [batch()]
+    optimizer = train(model, data, 1)
+    before = flat(model)
+    dict(model.named_parameters())["2.bias"].grad[0] = torch.nan
+    optimizer.step()
+    assert optimizer.status == "skipped: the gradient is not finite in '2.bias'"
+    torch.testing.assert_close(flat(model), before, rtol=0, atol=0)
+
+
+def test_a_saved_optimizer_goes_on_as_if_it_had_not_been():
+    data = [batch(12, seed) for seed in range(5)]
+    options = {"direction": "momentum", "average": 0.5, "period": 3, "rates_momentum": 0.2}
+
+    def steps(model, optimizer, which):
+        for i in which:
+            optimizer.zero_grad()
+            F.cross_entropy(model(data[i % 5][0]), data[i % 5][1]).backward()
+            optimizer.step()
+
+    whole = network()
+    steps(whole, SummaryNewton(ho.Problem(whole, data, F.cross_entropy), **options), range(11))
+
+    first = network()
+    optimizer = SummaryNewton(ho.Problem(first, data, F.cross_entropy), **options)
+    steps(first, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = network(seed=9)
+    second.load_state_dict(saved["model"])
+    optimizer = SummaryNewton(ho.Problem(second, data, F.cross_entropy), **options)
+    optimizer.load_state_dict(saved["optimizer"])
+    steps(second, optimizer, range(5, 11))
+    torch.testing.assert_close(flat(second), flat(whole), rtol=0, atol=0)
+
+    other = SummaryNewton(ho.Problem(second, data, F.cross_entropy), partition="layer")
+    with pytest.raises(ho.errors.ArgumentError, match="another partition"):
+        other.load_state_dict(saved["optimizer"])
+
+
+def test_param_groups_are_the_partition_and_schedulers_change_their_rates():
+    model, data = network(), [batch()]
+    optimizer = SummaryNewton(ho.Problem(model, data, F.cross_entropy), partition="layer", damping=0.5)
+    assert [g["labels"] for g in optimizer.param_groups] == [["0"], ["2"]]
+    assert [g["names"] for g in optimizer.param_groups] == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    before = copy.deepcopy(model)
+    optimizer.step()
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+    for (n, p), b in zip(model.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(
+            p.detach(), b.detach() - 0.5 * optimizer.rates[n[0]] * p.grad, rtol=1e-12, atol=1e-15
+        )
+    with pytest.raises(ho.errors.ArgumentError, match="those of its partition"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_parts_of_a_tensor_have_rates_of_their_own():
+    model, data = network(), [batch()]
+    partition = ho.Partition.split(model, {"0.weight": (0, 2)})
+    before = copy.deepcopy(model)
+    optimizer = train(model, data, 1, partition=partition)
+    F.cross_entropy(before(data[0][0]), data[0][1]).backward()
+    rows = (before[0].weight.detach() - model[0].weight.detach()) / before[0].weight.grad
+    rates = [optimizer.rates[label] for label in partition.labels[:2]]
+    np.testing.assert_allclose(rows.numpy(), np.repeat(rates, 2)[:, None] * np.ones((4, 3)), rtol=1e-9)
+    assert rates[0] != pytest.approx(rates[1])
+
+
+def test_between_measurements_no_rate_is_negative_and_no_group_goes_further_than_seen():
+    data = [batch(12, seed) for seed in range(6)]
+    model = network(seed=3)
+    optimizer = train(model, data, 1, regularization=None, backtracking=0, period=100)
+    assert min(optimizer.rates.values()) < 0
+    lengths = [float(p.grad.norm()) for p in model.parameters()]
+    for k in (0.5, 3.0):
+        before = copy.deepcopy(model)
+        optimizer.zero_grad()
+        (k * F.cross_entropy(model(data[1][0]), data[1][1])).backward()
+        optimizer.step()
+        for (n, p), b, seen in zip(model.named_parameters(), before.parameters(), lengths, strict=True):
+            rate = max(optimizer.rates[n], 0.0) * min(1.0, seen / float(p.grad.norm()))
+            torch.testing.assert_close(p.detach(), b.detach() - rate * p.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_training_does_not_touch_the_random_state():
+    data = torch.utils.data.DataLoader(list(zip(*batch(), strict=True)), batch_size=8, shuffle=True)
+    model = network()
+    optimizer = SummaryNewton(ho.Problem(model, data, F.cross_entropy), period=1)
+    state = torch.get_rng_state()
+    for _ in range(5):
+        x, y = batch(8)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"period": 0}, "period is a whole number"),
+        ({"period": 2.5}, "period is a whole number"),
+        ({"damping": 0.0}, "damping is positive"),
+        ({"damping": "1"}, "damping is a number"),
+        ({"rates_momentum": 1.0}, "rates_momentum is at least 0 and below 1"),
+        ({"negative": "drop"}, "negative is one of 'keep', 'clip'"),
+        ({"direction": "nesterov"}, "no direction 'nesterov'"),
+        ({"regularization": "cubik"}, "did you mean 'cubic'"),
+        ({"epsilon": -1.0}, "epsilon must be positive"),
+        ({"trust": 1.0}, "batches=2 or more"),
+        ({"partition": "canonicle"}, "canonical"),
+    ],
+)
+def test_wrong_options_are_named(wrong, words):
+    with pytest.raises(ho.errors.HoError, match=words):
+        SummaryNewton(ho.Problem(network(), [batch()], F.cross_entropy), **wrong)
+
+
+def test_what_is_no_problem_is_named():
+    with pytest.raises(ho.errors.ArgumentError, match="needs a Problem, not Sequential"):
+        SummaryNewton(network())
