@@ -1,0 +1,289 @@
+"""The explorer in a notebook: controls around pictures, and nothing but wiring.
+
+Two outputs are displayed: the widgets, and behind them the same view as a picture. A live explorer hides the picture
+that follows it; where there are no widgets (a saved notebook, nbviewer, a page, an untrusted notebook, a restarted
+kernel) the picture is what one sees. Where nobody can move a slider, as under papermill, no widget is made at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import html
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hoanalysis.errors import HoError
+from hoanalysis.explorer import figures, words
+from hoanalysis.explorer.controls import Controls
+from hoanalysis.explorer.session import Session, View, told
+from hoanalysis.explorer.state import State
+
+if TYPE_CHECKING:
+    from hoanalysis.explorer.background import Filling
+
+IDLE, POLL = 1.5, 1.0  # seconds: until the static picture follows the widgets, and between two looks at a store
+
+
+def live() -> bool:
+    """Whether somebody can move a slider: a kernel whose frontend could answer a question. Papermill's could not."""
+    import sys
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None:
+        return False
+    try:
+        return bool(kernel.get_parent("shell")["content"].get("allow_stdin"))
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+class Explorer:
+    """A view of a run and its controls; made by `hoanalysis.explore`.
+
+    >>> from hoanalysis.analysis.example import example
+    >>> from hoanalysis.explorer import explore
+    >>> explorer = explore(example(layers=2, steps=3), state={"grouping": "layer"})
+    >>> explorer.state = {**explorer.state, "step": 10, "matrix": "scale_free"}
+    >>> explorer.sentence.split(".")[0]
+    'Step 10: scale-free pseudo-Hessian of 2 groups, by layer'
+    """
+
+    def __init__(self, session: Session, state: State, filling: Filling | None = None, source: str = "") -> None:
+        self.session, self.filling, self._source = session, filling, source
+        self._state = session.fitted(state)[0] if state.step is not None or filling is None else state
+        self._controls: Controls | None = None
+        self._timer: Any = None
+        self._drawn: dict[str, Any] = {}
+        self._display_id = ""
+        if filling is not None:
+            filling.start()
+
+    # ---- without widgets -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was chosen, as JSON values; assign such a mapping to choose."""
+        return self._state.chosen()
+
+    @state.setter
+    def state(self, choices: Mapping[str, Any] | State) -> None:
+        self._state = self.session.fitted(State.of(choices))[0]
+        if self._controls is not None:
+            self._show()
+
+    @property
+    def view(self) -> View:
+        """The numbers that are drawn: ``view.shown.values`` with ``errors``, ``rows`` and ``columns``."""
+        return self.session.view(self._state)
+
+    @property
+    def sentence(self) -> str:
+        """What the picture shows."""
+        return words.sentence(self.view)
+
+    def table(self, top: int = 12) -> pd.DataFrame:
+        """The selected entries with value, error and significance; without a selection the ``top`` strongest."""
+        return words.table(self.view, top)
+
+    def figure(self) -> Figure:
+        """All panels as a matplotlib Figure."""
+        return figures.whole(self.session, self._state)
+
+    @property
+    def code(self) -> str:
+        """The line that makes the same figure, with the names that the Datasets have in this notebook."""
+        import sys
+
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        names = dict(getattr(shell, "user_ns", {}))
+        if self.filling is not None:
+            source = f"ho.open_store({str(self.filling.store)!r}, {self.filling.name!r})"
+        else:
+            source = self._source or words.name_of(self.session.given, names)
+        run = self._state.compare_run
+        others = (
+            {run: words.name_of(self.session.given_others[run], names, run)} if run in self.session.given_others else {}
+        )
+        return words.code(self._state, source, others)
+
+    def export(self) -> tuple[bytes, str]:
+        """The figure as PNG, and the line of code that makes it."""
+        return self._png(), self.code
+
+    def _png(self) -> bytes:
+        figure = self.figure()
+        return figures.png(figure, Description=self.sentence, Code=self.code)
+
+    def wait(self) -> Explorer:
+        """Until a store that is filled in the background is as full as it can be; raises what went wrong."""
+        if self.filling is not None:
+            self.filling.finish()
+            self.session.update(self.filling.dataset())
+            self._state = self.session.fitted(self._state)[0]
+        return self
+
+    # ---- in a notebook ---------------------------------------------------------------------------------------------
+
+    @property
+    def controls(self) -> Controls:
+        """The widgets by name: ``explorer.controls.step.value = 120`` moves the slider. Made on first use."""
+        if self._controls is None:
+            self._controls = Controls(self._state, self.session.offer(self._state), self.filling is not None)
+            self._connect(self._controls)
+            self._show()
+        return self._controls
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        self._display_id = uuid.uuid4().hex
+        if not live():
+            self.wait()  # nobody is there to look again
+        else:
+            box = self.controls.box
+            model = {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0,
+                                                                  "model_id": box.model_id}}  # fmt: skip
+            display({"text/plain": self.sentence, **model}, raw=True)
+        bundle, metadata = self._static()
+        display(bundle, metadata=metadata, raw=True, display_id=self._display_id)
+        if live() and self.filling is not None:
+            self._poll_on()
+
+    def _static(self) -> tuple[dict[str, str], dict[str, Any]]:
+        picture = base64.b64encode(self._png()).decode()
+        return {"image/png": picture, "text/plain": self.sentence}, {"image/png": {"alt": self.sentence}}
+
+    def keep(self) -> None:
+        """Let the static picture behind the widgets be that of the present view, for when the notebook is saved."""
+        if self._display_id:
+            from IPython.display import update_display
+
+            bundle, metadata = self._static()
+            update_display(bundle, metadata=metadata, raw=True, display_id=self._display_id)
+
+    # ---- wiring ----------------------------------------------------------------------------------------------------
+
+    def _connect(self, controls: Controls) -> None:
+        controls.on_change(self._guarded(self._changed))
+        controls.export.on_click(self._guarded(lambda _: self._exported()))
+        controls.stop.on_click(self._guarded(lambda _: self._stop_or_go()))
+
+    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """A callback whose errors reach the user: the kernel would only log them."""
+
+        @wraps(callback)
+        def guarded(*arguments: Any) -> None:
+            assert self._controls is not None
+            try:
+                self._controls.message.value = ""
+                callback(*arguments)
+            except HoError as error:
+                self._controls.say(told(error))
+            except Exception as error:
+                self._controls.say(f"This view failed: {type(error).__name__}: {error}", traceback.format_exc())
+
+        return guarded
+
+    def _changed(self, chosen: State) -> None:
+        self.session.grouping(chosen)  # a pattern that matches nothing is said, and stays to be corrected
+        self._state = self.session.fitted(chosen)[0]
+        self._show(chosen)
+
+    def _show(self, asked: State | None = None) -> None:
+        """Draw what has changed, and let the controls offer what can be chosen now."""
+        controls = self._controls
+        assert controls is not None
+        state, offer, notes = self.session.fitted(asked or self._state)
+        view = self.session.view(state)
+        controls.update(state, offer, words.choices(view))
+        controls.sentence.value = html.escape(" ".join([words.sentence(view), *notes]))
+        for name, image in controls.images.items():
+            if name in ("matrix", state.panel):
+                self._draw(name, state, image)
+        controls.values.value = self.table().to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
+        self._later(IDLE, self.keep)
+
+    def _draw(self, name: str, state: State, image: Any) -> None:
+        """A panel, where what it depends on has changed."""
+        key = (id(self.session.ds), state.but(panel="rates"))
+        if self._drawn.get(name) == key:
+            return
+        image.value = figures.panel(self.session, state, name, Description=words.sentence(self.session.view(state)))
+        self._drawn[name] = key
+
+    def _exported(self) -> None:
+        picture, code = self.export()
+        assert self._controls is not None
+        data = base64.b64encode(picture).decode()
+        self._controls.exported.value = (
+            f"<pre class='ho-code'>{html.escape(code)}</pre>"
+            f"<a download='explorer.png' href='data:image/png;base64,{data}'>Save the picture</a>"
+        )
+        self.keep()
+
+    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Once nothing has happened for a while; not at all where no event loop runs."""
+        if not self._display_id:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._guarded(callback))
+
+    # ---- a store that is being filled --------------------------------------------------------------------------------
+
+    def _stop_or_go(self) -> None:
+        assert self.filling is not None
+        if self.filling.running:
+            self.filling.stop()
+        else:
+            self.filling.start()
+            self._poll_on()
+        self.poll()
+
+    def poll(self) -> None:
+        """Take in what the store holds by now, and say how far it is."""
+        filling, controls = self.filling, self.controls
+        assert filling is not None
+        running = filling.running  # first: what ends now is read once more
+        ds = filling.grown()
+        if ds is not None:
+            follows = self._state.step is None
+            self.session.update(ds)
+            state = self.session.fitted(self._state)[0]
+            self._state = self._state if follows and not self.session.offer(state).computed else state
+            self._show()
+        controls.progress_of(self.session.ds, running, filling.stopping, _why(filling.error))
+
+    def _poll_on(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+
+        async def watch() -> None:
+            while True:
+                running = self.filling is not None and self.filling.running
+                self._guarded(self.poll)()
+                if not running:
+                    return
+                await asyncio.sleep(POLL)
+
+        self._watch = loop.create_task(watch())
+
+
+def _why(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return told(error) if isinstance(error, HoError) else f"{type(error).__name__}: {error}"

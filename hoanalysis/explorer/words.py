@@ -1,0 +1,125 @@
+"""The sentence that says what is shown, the values of the selected entries, and the line of code that reproduces it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from hoanalysis.explorer.session import View, entry_name, ranked
+from hoanalysis.explorer.state import ALL, GROUPINGS, State
+
+
+def sentence(view: View) -> str:
+    """What the picture shows, in a few sentences: what, where, the loss, the strongest entries, how many are unsettled.
+
+    Numbers in it have four digits, errors two.
+    """
+    if view.shown is None or view.whole is None:
+        return " ".join(view.notes) or "There is nothing to show."
+    state, shown = view.state, view.shown
+    minus = f" minus {view.reference}" if view.reference else ""
+    of = f"{view.n_groups} group{'s' * (view.n_groups != 1)}, {_grouping(state)}"
+    block = f", block {state.block}" if state.block != ALL and shown.values.ndim > 1 else ""
+    unit = "" if shown.units == "1" else f" [{shown.units}]"
+    parts = [f"Step {view.step}{minus}: {shown.title}{_regularized(state)}{unit} of {of}{block}."]
+    if view.loss is not None and np.isfinite(view.loss[0]):
+        parts.append(f"The loss is {number(*view.loss)}.")
+    parts += [_strongest(view), _unsettled(view), *view.notes]
+    return " ".join(filter(None, parts))
+
+
+def _grouping(state: State) -> str:
+    if state.grouping in ("blocks", "suggested"):
+        return GROUPINGS[state.grouping].replace("n ", f"{state.n_blocks} ")
+    return f"by the pattern {state.pattern}" if state.grouping == "pattern" else GROUPINGS[state.grouping]
+
+
+def _regularized(state: State) -> str:
+    if state.order == 2 and state.matrix == "inverse" and state.regularization:
+        return f" with {state.regularization} regularization ({state.epsilon:g})"
+    return ""
+
+
+def _strongest(view: View) -> str:
+    assert view.shown is not None
+    found = ranked(view.shown, view.state)
+    if not found:
+        return "Nothing here is a number: no entry is computed, or no group has an effect."
+    (entry, value, error), *_ = found
+    noun = "largest entry" if view.shown.values.ndim == 1 or entry[0] == entry[1] else "strongest pair"
+    return f"The {noun} is {entry_name(entry)}: {number(value, error)}."
+
+
+def _unsettled(view: View) -> str:
+    """How many entries are within two standard errors of 0; each pair counted once."""
+    assert view.whole is not None
+    shown = view.whole
+    known = np.isfinite(shown.values) & np.isfinite(shown.errors)
+    once = np.triu(known) if known.ndim == 2 else known
+    if not once.any():
+        return "No standard errors are kept." if np.isfinite(shown.values).any() else ""
+    doubtful = int((once & ~shown.settled).sum())
+    how = f" Errors of the difference are {shown.how}." if shown.how else ""
+    hidden = ", and hidden" if view.state.mask and doubtful else ""
+    return f"{doubtful} of {int(once.sum())} entries are within 2 standard errors of zero{hidden}.{how}"
+
+
+def number(value: float, error: float = np.nan) -> str:
+    """A value with its standard error.
+
+    >>> number(0.123456, 0.00789), number(2.0), number(float("nan"))
+    ('0.1235 ± 0.0079', '2', 'not a number')
+    """
+    if not np.isfinite(value):
+        return "not a number"
+    return f"{value:.4g}" + (f" ± {error:.2g}" if np.isfinite(error) else "")
+
+
+def table(view: View, top: int = 12) -> pd.DataFrame:
+    """The selected entries with value, error and significance; without a selection the strongest ``top``."""
+    if view.shown is None or view.whole is None:
+        return pd.DataFrame(columns=["entry", "value", "standard error", "value / error"])
+    every = {frozenset(e): (v, s) for e, v, s in ranked(view.whole, view.state)}
+    chosen = view.state.entries or tuple(e for e, _, _ in ranked(view.shown, view.state)[:top])
+    rows = []
+    for entry in chosen:
+        value, error = every.get(frozenset(entry), (np.nan, np.nan))
+        significance = abs(value) / error if error and np.isfinite(error) and error > 0 else np.nan
+        rows.append((entry_name(entry), value, error, significance))
+    return pd.DataFrame(rows, columns=["entry", "value", "standard error", "value / error"])
+
+
+def choices(view: View, top: int = 60) -> list[tuple[str, tuple[str, ...]]]:
+    """The entries that can be followed, as (text, entry): the strongest of what is shown, and those that are chosen."""
+    if view.whole is None:
+        return []
+    every = ranked(view.whole, view.state)
+    chosen = set(view.state.entries)
+    kept = [x for x in every if x[0] in chosen] + [x for x in every if x[0] not in chosen][:top]
+    found = [(f"{entry_name(entry)}: {number(value, error)}", entry) for entry, value, error in kept]
+    held = {entry for _, entry in found}
+    return [*((f"{entry_name(e)}: elsewhere", e) for e in view.state.entries if e not in held), *found]
+
+
+def code(state: State, name: str, others: Mapping[str, str] | None = None) -> str:
+    """The line that makes the figure of ``state``; ``name`` is the expression of the Dataset, ``others`` those of runs.
+
+    >>> code(State(order=3), "ds")
+    "ho.explore(ds, state={'order': 3}).figure()"
+    """
+    arguments = [name]
+    if others:
+        arguments.append("others={" + ", ".join(f"{k!r}: {v}" for k, v in others.items()) + "}")
+    if chosen := state.chosen():
+        arguments.append(f"state={chosen!r}")
+    return f"ho.explore({', '.join(arguments)}).figure()"
+
+
+def name_of(ds: xr.Dataset, namespace: Mapping[str, Any], default: str = "ds") -> str:
+    """The variable of ``namespace`` that is this Dataset; ``default`` where none is."""
+    names = [n for n, value in namespace.items() if value is ds and n.isidentifier() and not n.startswith("_")]
+    return names[0] if names else default
