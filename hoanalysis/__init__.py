@@ -6,10 +6,7 @@ Importing this package needs no torch; what needs it is loaded on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hoanalysis import _early
-
-_early.guard()
-
+from hoanalysis import _early as _early  # first: it answers Ctrl-C during the imports that follow
 from hoanalysis import accessor as accessor  # registers ds.ho
 from hoanalysis import errors as errors
 from hoanalysis._version import __version__ as __version__

@@ -1,7 +1,8 @@
 """Ctrl-C while the command's libraries are still being imported, which takes a second or two.
 
-Python's own answer is a traceback through whatever was imported at that moment, and no code of the command can catch it:
-the package is imported first. So the package does this first, for its command alone; `hoanalysis.cli` takes it back.
+Python's own answer is a traceback through whatever was imported at that moment, and no code of the command can catch
+it: the package is imported first. So the package does this first, for its command alone; `hoanalysis.cli` takes it
+back.
 """
 
 import os
@@ -27,3 +28,6 @@ def release() -> None:
     """Ctrl-C is a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+guard()

@@ -197,13 +197,13 @@ def batch_gradients(
                     why="it was computed under no_grad, detached, or by another copy of the model",
                     do="let the loss use the model that it is given, and keep it attached",
                 )
-            if not bool(loss.isfinite()):
-                culprits.refuse_nonfinite(tensors_of(batch), index)
             try:
                 grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             except RuntimeError as error:
                 again = functools.partial(problem.batch_value, leaves, state, batch)
                 raise culprits.of_backward(error, again, f"batch {index}") from error
+            if not all(bool(t.sum().isfinite()) for t in (loss, *grads) if t is not None):
+                culprits.refuse_nonfinite(tensors_of(batch), index)
         yield problem.size(raw), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 

@@ -83,6 +83,7 @@ def test_a_header_whose_length_looks_like_another_format_is_safetensors(tmp_path
     assert_close(load_checkpoint(path).state_dict["a"], torch.tensor([1.5, -2.0]))
 
 
+@pytest.mark.row("C17")
 def test_half_precision_is_read_as_float32_with_a_note(tmp_path):
     halves = {"a": torch.randn(4).bfloat16(), "b": torch.randn(4).half(), "c": torch.randn(2)}
     save_file(halves, tmp_path / "a.safetensors")
@@ -169,6 +170,7 @@ def test_an_optimizer_state_that_cannot_be_named_is_left_out_with_a_note(tmp_pat
     assert any("could not be matched" in note for note in checkpoint.notes)
 
 
+@pytest.mark.row("C8")
 def test_code_for_another_loader_is_inert_and_warned_of(tmp_path, weights):
     torch.save({"state_dict": weights, "hyper_parameters": {"_instantiator": "os.system"}}, tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"hyper_parameters\._instantiator = 'os\.system'"):
@@ -208,6 +210,7 @@ def test_steps_are_positions_where_names_have_no_distinct_integers(tmp_path, wei
     assert run[-1].step is None
 
 
+@pytest.mark.row("C18")
 def test_the_same_content_twice_is_found(tmp_path, weights):
     for step in range(3):
         save_file({k: v * (step % 2) for k, v in weights.items()}, tmp_path / f"{step}.safetensors")
@@ -216,6 +219,7 @@ def test_the_same_content_twice_is_found(tmp_path, weights):
     assert run.sha256(1) == run[1].sha256 == hashlib.sha256((tmp_path / "1.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.row("C1")
 def test_a_run_that_cannot_be_opened_says_what_is_there(tmp_path, weights):
     (tmp_path / "lenet5").mkdir()
     with pytest.raises(CheckpointError, match=r"no such folder[\s\S]*did you mean 'lenet5'"):
@@ -233,6 +237,7 @@ def test_a_run_that_cannot_be_opened_says_what_is_there(tmp_path, weights):
 # --- C1 to C3, C12: the wrong file
 
 
+@pytest.mark.row("C1")
 def test_a_missing_file_and_a_folder(tmp_path, weights):
     save_file(weights, tmp_path / "step_00010.safetensors")
     refused(tmp_path / "step_0010.safetensors", "no such file", "step_00010.safetensors")
@@ -255,12 +260,14 @@ def test_a_missing_file_and_a_folder(tmp_path, weights):
     ],
 )
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.row("C2", "C3")
 def test_what_is_no_checkpoint_is_named(tmp_path, content, words, suffix):
     path = tmp_path / f"model.{suffix}"
     path.write_bytes(content)
     refused(path, words)
 
 
+@pytest.mark.row("C12")
 def test_a_suffix_may_lie_except_for_a_pickle_in_safetensors(tmp_path, weights):
     save_file(weights, tmp_path / "a.pt")
     assert load_checkpoint(tmp_path / "a.pt").notes == ["the name ends in '.pt', the content is safetensors"]
@@ -272,6 +279,7 @@ def test_a_suffix_may_lie_except_for_a_pickle_in_safetensors(tmp_path, weights):
 # --- C4, C5, C10: damaged archives
 
 
+@pytest.mark.row("C4")
 def test_a_truncated_file_never_gives_numbers(tmp_path, weights):
     save_file(weights, tmp_path / "a.safetensors")
     torch.save(weights, tmp_path / "a.pt")
@@ -288,6 +296,7 @@ def test_a_truncated_file_never_gives_numbers(tmp_path, weights):
     refused(cut, f"{len(whole) - 3} bytes found, {len(whole)} needed")
 
 
+@pytest.mark.row("C5")
 def test_flipped_bits_of_an_archive_never_give_other_numbers(tmp_path, weights):
     torch.save(weights, tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
@@ -321,6 +330,7 @@ def rezip(source, target, compression=zipfile.ZIP_STORED, twice=""):
                     new.writestr(member, old.read(member), compress_type=compression)
 
 
+@pytest.mark.row("C10")
 def test_forged_archives_are_refused(tmp_path, weights):
     torch.save(weights, tmp_path / "a.pt")
     rezip(tmp_path / "a.pt", tmp_path / "deflated.pt", zipfile.ZIP_DEFLATED)
@@ -332,6 +342,7 @@ def test_forged_archives_are_refused(tmp_path, weights):
     refused(tmp_path / "plain.pt", "not a file of torch.save", "readme.txt")
 
 
+@pytest.mark.row("C10")
 def test_overlapping_members_are_refused(tmp_path, weights):
     torch.save(weights, tmp_path / "a.pt")
     content = bytearray((tmp_path / "a.pt").read_bytes())
@@ -371,6 +382,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("writer", ["zip", "legacy", "pickle2", "pickle5"])
+@pytest.mark.row("C6")
 def test_a_pickle_that_runs_code_is_listed_and_not_run(tmp_path, weights, writer, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch's own opt-out does not reach this library
     canary = tmp_path / "canary"
@@ -387,11 +399,13 @@ def test_a_pickle_that_runs_code_is_listed_and_not_run(tmp_path, weights, writer
     assert canary.exists()
 
 
+@pytest.mark.row("C6")
 def test_globals_are_listed_from_forged_archives_too(tmp_path):
     torch.save({"a": Eval()}, tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "eval", "not read")
 
 
+@pytest.mark.row("C7")
 def test_a_pickled_module_says_how_to_save_its_weights(tmp_path):
     torch.save(Net(), tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "whole pickled module", "Net", "torch.nn.modules.linear.Linear", "state_dict")
@@ -403,6 +417,7 @@ def test_a_torchscript_program_is_named(tmp_path):
     refused(tmp_path / "a.pt", "TorchScript")
 
 
+@pytest.mark.row("C9")
 def test_strides_that_repeat_elements_are_refused_before_memory_is_taken(tmp_path):
     torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "'w' declares 4,000,000,000,000 bytes", "the file holds 4 of them")
@@ -416,6 +431,7 @@ def test_strides_that_repeat_elements_are_refused_before_memory_is_taken(tmp_pat
         (lambda: torch.zeros(3).to(torch.float8_e4m3fn), "quantised"),
     ],
 )
+@pytest.mark.row("C17")
 def test_tensors_that_cannot_be_differentiated_are_refused_by_name(tmp_path, tensor, word):
     torch.save({"block.w": tensor()}, tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "'block.w'", word)
@@ -461,6 +477,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
+@pytest.mark.row("C11")
 def test_a_forged_header_is_refused_by_a_named_check_in_less_than_a_second(tmp_path, case):
     header, data, length, words = HEADERS[case]
     path = forged(tmp_path, header, data, length)
@@ -469,6 +486,7 @@ def test_a_forged_header_is_refused_by_a_named_check_in_less_than_a_second(tmp_p
     assert time.process_time() - begin < 1
 
 
+@pytest.mark.row("C11")
 def test_many_entries_are_checked_in_less_than_a_second(tmp_path):
     many = {f"t{i}": entry(offsets=(8 * i, 8 * i + 8)) for i in range(100_000)}
     many["t7"] = entry("F31")
@@ -509,6 +527,7 @@ def test_an_index_joins_its_shards(sharded, weights):
     assert load_checkpoint(index).sha256 != before
 
 
+@pytest.mark.row("C13")
 def test_a_forged_index_names_its_entry(tmp_path, sharded, weights):
     for name in ("../fc.bias.safetensors", str(tmp_path / "fc.bias.safetensors"), "..", 7):
         refused(sharded(fc_weight="fc.weight.safetensors", fc_bias=name), repr(name))
@@ -522,6 +541,7 @@ def test_a_forged_index_names_its_entry(tmp_path, sharded, weights):
     refused(tmp_path / "model.safetensors.index.json", "not an index")
 
 
+@pytest.mark.row("C13")
 def test_a_link_out_of_the_folder_is_refused_and_a_cache_of_links_is_read(tmp_path, sharded, weights):
     index = sharded(fc_weight="fc.weight.safetensors", fc_bias="fc.bias.safetensors")
     snapshot = tmp_path / "snapshot"
@@ -543,6 +563,7 @@ def test_a_link_out_of_the_folder_is_refused_and_a_cache_of_links_is_read(tmp_pa
     "prefix",
     ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model._orig_mod.module."],
 )
+@pytest.mark.row("C14")
 def test_the_usual_prefixes_are_stripped_and_noted(tmp_path, weights, prefix):
     save_file({prefix + k: v for k, v in weights.items()}, tmp_path / "a.safetensors")
     checkpoint = load_checkpoint(tmp_path / "a.safetensors")
@@ -565,6 +586,7 @@ def test_a_compiled_submodule_is_fitted(weights):
     assert_close(fitted["fc.weight"], weights["fc.weight"])
 
 
+@pytest.mark.row("C14")
 def test_other_prefixes_are_advised_and_stripped_on_demand(weights):
     named = {"backbone." + k: v for k, v in weights.items()} | {"criterion.w": torch.ones(1)}
     with pytest.raises(CheckpointError, match=r"strip_prefix='backbone\.'"):
@@ -573,6 +595,7 @@ def test_other_prefixes_are_advised_and_stripped_on_demand(weights):
     assert_close(fitted["fc.bias"], weights["fc.bias"])
 
 
+@pytest.mark.row("C14")
 def test_a_difference_shows_at_most_ten_names(weights):
     shapes = SHAPES | {f"new{i}": (1,) for i in range(12)}
     with pytest.raises(CheckpointError, match="12 names are missing and 1 are unexpected") as caught:
@@ -586,11 +609,13 @@ def test_a_mixture_of_prefixes_is_not_stripped(weights):
         fit({"module.fc.weight": weights["fc.weight"], "other.fc.bias": weights["fc.bias"]}, SHAPES)
 
 
+@pytest.mark.row("C15")
 def test_shapes_are_compared(weights):
     with pytest.raises(CheckpointError, match=r"'fc\.weight' is \(3, 4\) in the checkpoint and \(4, 3\) in the model"):
         fit(weights, SHAPES | {"fc.weight": (4, 3)})
 
 
+@pytest.mark.row("C16")
 def test_values_that_are_not_finite_are_refused_with_counts(weights):
     weights["fc.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
     with pytest.raises(CheckpointError, match=r"fc\.weight: 2 of 12"):

@@ -267,7 +267,7 @@ def test_show_of_something_else(tmp_path: Path, kind: str) -> None:
         ("41.5", 41.5), ("3", 3), ("true", True), ("[1, 'a']", [1, "a"]), ("{k = 1}", {"k": 1}), ("'3'", "3"),
         ("fc1.weight", "fc1.weight"), ("", ""), ("1, 2", "1, 2"), ("5 # five", "5 # five"), ("a=b", "a=b"),
         ("2024-05-01", "2024-05-01"), ("07:30:00", "07:30:00"), ("1]\ny = [2", "1]\ny = [2"), ("nan", float("nan")),
-        ("None", "None"),
+        ("None", None), ("'None'", "None"),
     ],
 )  # fmt: skip
 def test_values_of_parameters(text: str, value) -> None:

@@ -119,6 +119,7 @@ def test_parameters_that_the_loss_does_not_use_get_zeros():
 
 
 @pytest.mark.parametrize("how", ["detached", "another copy"])
+@pytest.mark.row("M7", "M8")
 def test_a_loss_that_depends_on_nothing_is_an_error_and_never_zeros(how):
     other = network().requires_grad_(False)
 
@@ -139,6 +140,7 @@ def test_weights_point_to_zero():
     check(resolve("weights", problem, problem.state()).tensors, {n: -p for n, p in named(problem.model).items()}, 0)
 
 
+@pytest.mark.row("D4")
 def test_random_is_reproducible_and_standard_normal():
     problem = problem_of(nn.Linear(4, 3000).double(), loss=lambda x, y: x.mean())
     state = problem.state()
@@ -369,6 +371,7 @@ def test_the_names_of_a_wrapped_model_s_optimizer_are_those_of_the_model(tmp_pat
     check(u, {n: optimizer.state[p]["momentum_buffer"] for n, p in model.named_parameters()}, 0)
 
 
+@pytest.mark.row("D5")
 def test_optimizer_directions_that_the_checkpoint_does_not_keep(tmp_path, run):
     problem = problem_of()
     with pytest.raises(
@@ -415,6 +418,7 @@ def test_a_mapping_is_taken_as_it_is_in_the_order_of_the_parameters():
     assert u.provenance == {"digest": digest(like(problem.model))}
 
 
+@pytest.mark.row("D2")
 def test_a_mapping_is_detached_and_cast():
     problem = problem_of()
     given_ = {n: t.float().requires_grad_() for n, t in like(problem.model).items()}
@@ -468,6 +472,7 @@ NAN = torch.tensor([1.0, float("nan"), float("inf")], dtype=torch.float64)
         ({n: 0 * t for n, t in like(network()).items()}, "'custom' is zero everywhere"),
     ],
 )
+@pytest.mark.row("D1", "D3")
 def test_directions_that_do_not_fit(recipe, words):
     problem = problem_of()
     with pytest.raises(DirectionError, match=words):
@@ -482,6 +487,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter():
         resolve("gradient", problem_of(model), problem_of(model).state())
 
 
+@pytest.mark.row("D3")
 def test_a_critical_point_says_so():
     model = nn.Linear(4, 1).double()
     with torch.no_grad():

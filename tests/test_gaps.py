@@ -13,7 +13,7 @@ from torch import nn
 
 import hoanalysis as ho
 from hoanalysis import schema, summaries
-from hoanalysis.errors import CheckpointError, NoDirection
+from hoanalysis.errors import NoDirection
 from hoanalysis.reports import Outcome, compute
 from hoanalysis.study import StudySpec
 from tests.conftest import write_study

@@ -83,6 +83,7 @@ def test_canonical_is_named_parameters_in_order():
     check_partition(p, SHAPES)
 
 
+@pytest.mark.row("M12")
 def test_a_tied_tensor_appears_once_with_its_other_names():
     p = Partition.canonical(Tied())
     assert p.labels == ("embedding.weight", "mix.weight", "mix.bias", "head.bias")
@@ -99,6 +100,7 @@ def test_three_names_of_one_tensor_are_all_aliases():
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
+@pytest.mark.row("P3")
 def test_frozen_parameters_are_left_out_and_listed_or_taken_in(name):
     model = Net()
     model.body[0].weight.requires_grad_(False)
@@ -350,21 +352,25 @@ def test_rest_may_be_a_group_that_has_a_pattern():
 # ---- P1, P2, P5, P6 ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("P1")
 def test_a_pattern_without_a_match_names_it_the_group_and_the_parameters():
     with pytest.raises(PartitionError, match=r"(?s)'bdy\.\*' of group 'a'.*'scale', 'body\.0\.weight'"):
         Partition.by_pattern(Net(), {"a": "bdy.*"}, rest="b")
 
 
+@pytest.mark.row("P1")
 def test_a_group_without_patterns_is_empty():
     with pytest.raises(PartitionError, match="without parameters: 'a'"):
         Partition.by_pattern(Net(), {"a": [], "b": "*"})
 
 
+@pytest.mark.row("P2")
 def test_overlapping_patterns_name_parameter_and_both_groups():
     with pytest.raises(PartitionError, match=r"'body\.0\.weight' is in two groups: 'a' and 'b'"):
         Partition.by_pattern(Net(), {"a": "body.*", "b": "*.weight"}, rest="c")
 
 
+@pytest.mark.row("P2")
 def test_parameters_that_no_pattern_matches_are_named_with_the_way_out():
     with pytest.raises(PartitionError, match=r"(?s)'scale'.*rest='label'"):
         Partition.by_pattern(Net(), {"a": "body.*"})
@@ -392,17 +398,20 @@ def test_what_is_no_partition_is_refused_with_the_culprit(labels, assignment, wo
         Partition(labels, INFO, assignment)
 
 
+@pytest.mark.row("P5")
 def test_repeated_labels_are_named_however_many_there_are():
     info = {"w": ParameterInfo((5000,), "w", "weight")}
     with pytest.raises(PartitionError, match="repeat: 'x7'"):
         Partition(("x7", *(f"x{i}" for i in range(4999))), info, {"w": np.arange(5000)})
 
 
+@pytest.mark.row("P5")
 def test_strange_labels_are_data():
     labels = ('a/b.c$d<e>"f{{g}}', "\u202eé")
     assert Partition(labels, INFO, {"w": 0, "b": 1}).coords()["kind"] == ["weight", "bias"]
 
 
+@pytest.mark.row("P6")
 def test_a_partition_of_another_model_names_the_differences():
     p = Partition.canonical(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     with pytest.raises(PartitionError, match=r"(?s)'0\.weight' has shape \(4, 5\) in the model and \(4, 3\)"):

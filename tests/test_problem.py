@@ -93,6 +93,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.row("M2")
 def test_the_model_comes_back_untouched(call):
     model = BatchNormNet()
     data = DataLoader(TensorDataset(tensors(7, 4), classes(7)), batch_size=4)
@@ -225,6 +226,7 @@ def test_the_loss_over_batches_of_any_sizes_is_the_loss_of_all_samples_at_once(s
     torch.testing.assert_close(over_data(problem), float(loss(model(x), y).detach()), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.row("M9")
 def test_token_losses_weigh_batches_by_their_unmasked_tokens():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double()
     x, y = classes(60, 0, 5).reshape(10, 6), classes(60, 1, 5).reshape(10, 6)
@@ -290,6 +292,7 @@ SPLITTABLE = {
 
 @pytest.mark.parametrize("case", SPLITTABLE)
 @pytest.mark.parametrize("rows", [6, 7])
+@pytest.mark.row("M2")
 def test_splittable(case, rows):
     model, loss, expected = SPLITTABLE[case]
     assert Problem(model.double(), [(tensors(rows, 4), classes(rows))], loss).splittable is expected
@@ -342,6 +345,7 @@ def test_a_mean_over_rows_is_recognised():
     assert any("mean over rows" in n for n in problem.notes)
 
 
+@pytest.mark.row("M9")
 def test_a_mask_that_only_later_batches_have_is_found():
     y = torch.tensor([0, 1, 2, 1, 0, 2, 1, -1, -1, 0])
 
@@ -389,6 +393,7 @@ def test_a_loss_that_works_in_single_precision_is_recognised():
         contrastive,
     ],
 )
+@pytest.mark.row("M9")
 def test_other_losses_ask_for_their_denominator(loss):
     y = torch.tensor([0, 1, 1, 1, 2])
     with pytest.raises(LossError, match=r"(?s)is unknown.*batch_size="):
@@ -417,6 +422,7 @@ def test_arguments_that_cannot_be():
     ("value", "words"),
     [(lambda m, b: m(b[0]), r"shape \(5, 3\)"), (lambda m, b: 1.5, "is float"), (lambda m, b: None, "is NoneType")],
 )
+@pytest.mark.row("M7")
 def test_a_loss_that_is_no_scalar_tensor(value, words):
     problem = Problem(
         nn.Linear(4, 3).double(), [(tensors(5, 4), classes(5))], batch_loss=value, batch_size=lambda b: len(b[1])
@@ -439,6 +445,7 @@ def test_a_loss_that_is_no_scalar_tensor(value, words):
         (nn.TransformerEncoderLayer(4, 1, 8), r"'1\.self_attn', '1\.dropout', '1\.dropout1'"),
     ],
 )
+@pytest.mark.row("M2")
 def test_active_dropout_is_refused_by_name(layer, words):
     model = nn.Sequential(nn.Linear(4, 4), layer)
     with pytest.raises(ModelError, match=rf"(?s)dropout is active in {words}.*model\.eval\(\)"):
@@ -502,6 +509,7 @@ class ClippedData(nn.Linear):
     ids=["no_grad", "data", "max_norm"],
 )
 @pytest.mark.parametrize("loss", [F.cross_entropy, lambda x, y: F.cross_entropy(x, y)], ids=["known", "custom"])
+@pytest.mark.row("M13")
 def test_a_model_that_changes_its_parameters_is_refused_and_not_changed(model, x, loss):
     model = model.double()
     before = photograph(model)
@@ -520,6 +528,7 @@ def problem_of(data, **options) -> Problem:
     return Problem(nn.Linear(4, 3).double(), data, F.cross_entropy, **options)
 
 
+@pytest.mark.row("A2")
 def test_one_shot_iterators_are_refused():
     for once in (iter(BATCHES), (b for b in BATCHES), map(tuple, BATCHES)):
         with pytest.raises(DataError, match="one-shot iterator"):
@@ -551,6 +560,7 @@ class Shrinking:
         return iter(BATCHES[: 4 - (self.passes > 1)])
 
 
+@pytest.mark.row("A2")
 def test_a_second_pass_that_is_empty_or_shorter_is_an_error():
     with pytest.raises(DataError):
         problem_of(OneShot()).fingerprint()
@@ -560,6 +570,7 @@ def test_a_second_pass_that_is_empty_or_shorter_is_an_error():
         list(problem.batches())
 
 
+@pytest.mark.row("A1")
 def test_empty_data():
     empty = DataLoader(TensorDataset(tensors(3, 4), classes(3)), batch_size=4, drop_last=True)
     for data in ([], empty):
@@ -569,6 +580,7 @@ def test_empty_data():
         Problem(nn.Linear(4, 3).double(), [], lambda x, y: F.cross_entropy(x, y))
 
 
+@pytest.mark.row("A1")
 def test_a_batch_without_samples_is_named():
     problem = problem_of([BATCHES[0], (tensors(0, 4), classes(0))])
     with pytest.raises(DataError, match="batch 1 has no samples"):
@@ -583,6 +595,7 @@ def test_max_batches_takes_the_first():
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.row("A3")
 def test_a_shuffling_loader_is_found(own_generator):
     generator = torch.Generator().manual_seed(0) if own_generator else None
     data = DataLoader(TensorDataset(tensors(32, 4), classes(32)), batch_size=8, shuffle=True, generator=generator)
@@ -593,6 +606,7 @@ def test_a_shuffling_loader_is_found(own_generator):
 @pytest.mark.parametrize(
     "draw", [lambda: torch.rand(()), np.random.rand, random.random], ids=["torch", "numpy", "python"]
 )
+@pytest.mark.row("A3")
 def test_random_augmentation_is_found(draw):
     class Augmented(TensorDataset):
         def __getitem__(self, i):
@@ -644,6 +658,7 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.row("A7")
 def test_batches_of_any_structure(structure):
     x, y = tensors(3, 4), classes(3)
     batch = STRUCTURES[structure](x, y)
@@ -692,6 +707,7 @@ def test_numpy_batches_with_a_loss_of_torch(loss):
     ],
 )
 @pytest.mark.parametrize("batch_size", [None, count_rows])
+@pytest.mark.row("A7")
 def test_batches_that_are_no_pairs_ask_for_batch_loss(batch, words, batch_size):
     problem = problem_of([batch], batch_size=batch_size)
     with pytest.raises(DataError, match=rf"(?s)\(x, y\).*{words}.*batch_loss=fn"):
@@ -752,6 +768,7 @@ def test_half_precision_is_refused_with_the_way_out(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.row("C17")
 def test_half_precision_is_summarized_in_single_with_a_note(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
@@ -766,6 +783,7 @@ def test_half_precision_is_summarized_in_single_with_a_note(dtype):
     assert "were cast" not in expected.attrs["provenance"]
 
 
+@pytest.mark.row("N5")
 def test_autocast_is_off_within():
     problem = problem_of([(tensors(4, 4), classes(4))])
     expected = problem.batch_value(problem.state().parameters, problem.state(), problem.first_batch())
@@ -815,6 +833,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.row("M5")
 def test_wrapped_models_are_the_model_inside(wrapper):
     data = [(tensors(5, 4), classes(5))]
     plain, wrapped = Problem(mlp(), data, F.cross_entropy), Problem(WRAPPED[wrapper](), data, F.cross_entropy)
@@ -823,6 +842,7 @@ def test_wrapped_models_are_the_model_inside(wrapper):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.row("M5")
 def test_a_scripted_model_is_refused_by_name():
     with pytest.raises(ModelError, match="TorchScript"):
         Problem(torch.jit.script(mlp()), [(tensors(5, 4), classes(5))], F.cross_entropy)
@@ -983,6 +1003,7 @@ def test_descriptions_are_the_same_in_a_process_with_other_hashes_and_addresses(
     assert there.stdout.strip() == here["told"]
 
 
+@pytest.mark.row("M2")
 def test_the_description_names_modules_whose_mode_matters():
     problem = Problem(BatchNormNet(), [(tensors(4, 4), classes(4))], F.cross_entropy)
     told = problem.description()

@@ -346,6 +346,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.row("M1")
 def test_broken_factories(tmp_path, case):
     table, name, extra, words = BROKEN[case]
     study = StudySpec.read(write(tmp_path / "run", factory(table, name, extra)))
@@ -358,6 +359,7 @@ def test_broken_factories(tmp_path, case):
     assert sys.path == path
 
 
+@pytest.mark.row("M1")
 def test_a_module_that_fails_to_import(tmp_path):
     study = StudySpec.read(write(tmp_path / "run", factories="import torch\n1 / 0\n"))
     with pytest.raises(StudyError, match=r"importing 'factories' raised ZeroDivisionError"):

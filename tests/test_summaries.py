@@ -64,6 +64,7 @@ def engine(request) -> str:
 # ---- the identities of design.md, u held fixed ------------------------------------------------------------------
 
 
+@pytest.mark.row("N4")
 def test_tensors_are_symmetric(engine: str) -> None:
     ds = summarize(make_problem(), engine=engine)
     for order in (2, 3):
@@ -316,6 +317,7 @@ def test_float32_model_in_float64_is_the_float64_model(engine: str) -> None:
         np.testing.assert_allclose(cast[name], double[name], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.row("M8")
 def test_frozen_and_unused_parameters(engine: str) -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
@@ -431,9 +433,11 @@ def test_a_store_that_lacks_units_gives_nan_and_its_coverage(run, tmp_path, monk
         ({"tolerance": 0.0}, "tolerance"),
         ({"partition": "layers"}, "did you mean 'layer'"),
         ({"direction": "gradent"}, "did you mean 'gradient'"),
-        ({"order": 30}, "coarser partition"),
+        ({"order": 14}, "coarser partition"), ({"order": 17}, "at most 16"), ({"memory": -1}, "is not a size"),
+        ({"seed": 2**70}, "64 bits"), ({"max_batches": "a"}, "max_batches is a number"),
     ],
 )
+@pytest.mark.row("N1", "P4")
 def test_wrong_arguments_are_named(change: dict, words: str) -> None:
     with pytest.raises(HoError, match=words):
         ho.summarize(make_problem(), **{"order": 2, "progress": False, **change})
@@ -451,6 +455,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path) -> None:
         ho.summarize(make_problem(), checkpoint=path, progress=False)
 
 
+@pytest.mark.row("A5")
 def test_a_bad_batch_is_named() -> None:
     batches = make_batches()
     batches[2][0][4, 1] = float("nan")
@@ -461,6 +466,7 @@ def test_a_bad_batch_is_named() -> None:
 
 @pytest.mark.parametrize("position", [0, 2])
 @pytest.mark.parametrize("recipe", ["gradient", "weights"])
+@pytest.mark.row("A6")
 def test_a_label_out_of_range_is_named(engine: str, recipe: str, position: int) -> None:
     batches = make_batches()
     batches[position][1][1] = 7
@@ -487,6 +493,7 @@ def test_new_weights_are_never_taken_for_the_old_ones(engine: str) -> None:
     assert not np.allclose(after.D1, before.D1)
 
 
+@pytest.mark.row("D3", "N3")
 def test_an_overflow_is_named() -> None:
     model = make_model().float()
     batches = [(x.float(), y) for x, y in make_batches()]
@@ -502,6 +509,7 @@ def test_r_of_merged_groups_needs_the_full_third_order() -> None:
         ds.ho.merge("layer").ho.regularizer()
 
 
+@pytest.mark.row("C4")
 def test_a_checkpoint_that_fails_does_not_stop_the_others(study, tmp_path, monkeypatch) -> None:
     spec = StudySpec.read(study)
     run, problem = spec.run(), spec.problem()
@@ -556,6 +564,7 @@ def test_a_unit_computed_after_a_kill_has_the_same_bytes(study, tmp_path) -> Non
     assert units("killed") == quiet
 
 
+@pytest.mark.row("C18")
 def test_checkpoints_of_the_same_content_share_a_unit(study, tmp_path, monkeypatch) -> None:
     real, computed = summaries.Work.unit, []
 
@@ -572,6 +581,7 @@ def test_checkpoints_of_the_same_content_share_a_unit(study, tmp_path, monkeypat
     np.testing.assert_array_equal(ds.D2.sel(step=20), ds.D2.sel(step=0))
 
 
+@pytest.mark.row("A8")
 def test_S6_changed_data_and_checkpoints_are_shown(study, tmp_path) -> None:
     from hoanalysis.store import Store
 

@@ -286,7 +286,10 @@ def _weight_map(path: Path, file: BinaryIO) -> dict[str, Any]:
     file.seek(0)
     try:
         weight_map = json.loads(file.read().decode("utf-8"))["weight_map"]
-        return {str(k): v for k, v in weight_map.items()}
+        for name in weight_map.values():
+            if not isinstance(name, str):
+                _shard(path, name)  # refuses it
+        return dict(weight_map)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             "this JSON file is not an index of shards",

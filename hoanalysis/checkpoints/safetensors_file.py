@@ -16,6 +16,8 @@ from hoanalysis.errors import CheckpointError, listed
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_DIMS = 64
+
 #: Bytes of an element and the name of torch's dtype.
 DTYPES = {
     "F64": (8, "float64"),
@@ -75,10 +77,10 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
     if 8 + length > size:
         raise fail(f"the file is truncated: {size:,} bytes found, the header alone needs {8 + length:,}")
     try:
-        declared = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+        declared = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except _Duplicate as error:
         raise fail(f"the header names {error.args[0]!r} twice") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise fail("the header is not JSON", str(error)[:200]) from None
     if not isinstance(declared, dict):
         raise fail("the header is not a JSON object")
@@ -92,6 +94,13 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
 
 class _Duplicate(Exception):
     pass
+
+
+def _integer(digits: str) -> int:
+    """A number of millions of digits would take minutes to read."""
+    if len(digits) > 20:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,6 +128,8 @@ def _entry(name: str, value: Any, fail) -> Entry:
         raise fail(f"tensor {name!r} has the shape {shape!r}", "a shape is a list of natural numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)) or offsets[0] > offsets[1]:
         raise fail(f"tensor {name!r} has the data_offsets {offsets!r}", "they are [begin, end] with begin <= end")
+    if len(shape) > MAX_DIMS:
+        raise fail(f"tensor {name!r} has a shape of {len(shape):,} sizes", f"torch knows at most {MAX_DIMS}")
     needed, held = math.prod(shape) * DTYPES[dtype][0], offsets[1] - offsets[0]
     if needed != held:
         raise fail(

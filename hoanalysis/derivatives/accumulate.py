@@ -13,6 +13,7 @@ from hoanalysis.derivatives import heap
 from hoanalysis.derivatives.common import BatchDerivatives
 from hoanalysis.derivatives.engines import Engine, check_finite
 from hoanalysis.derivatives.measured import NOTHING, Measure, measured
+from hoanalysis.errors import NumericsError
 from hoanalysis.problem import count_rows, naming_batch, tensors_of
 from hoanalysis.units import Accumulator
 
@@ -56,9 +57,11 @@ def _accumulate(
         weight = problem.size(raw)
         with naming_batch(index):
             result = engine.batch(batch)
-        if not np.isfinite(result.loss):
+        try:
+            check_finite(result, f"batch {index}")
+        except NumericsError:
             refuse_nonfinite(tensors_of(batch), index)
-        check_finite(result, f"batch {index}")
+            raise
         values = _values(result) | measured(engine, measure, batch)
         sums.add(_means(values, weight if problem.reduction == "sum" else 1.0), weight, count_rows(raw))
         if tolerance is not None and sums.n_batches >= MIN_BATCHES and settled(sums, tolerance):

@@ -115,6 +115,7 @@ def test_a_wrong_program_is_caught_and_replaced(monkeypatch: pytest.MonkeyPatch)
         ho.summarize(problem, 2, direction="weights", engine="tangents", progress=False)
 
 
+@pytest.mark.row("N2")
 def test_a_self_check_that_fails_flags_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Program.derivatives
 
@@ -165,6 +166,7 @@ def test_chunks_add_up_to_the_whole(engine: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("words", ["not enough memory", "can't allocate memory: you tried to allocate 9 bytes"])
+@pytest.mark.row("A10")
 def test_out_of_memory_halves_the_chunk_and_says_so(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

@@ -107,6 +107,7 @@ def test_closed_form_polynomial_and_exact_zeros_above_its_degree() -> None:
 
 
 @pytest.mark.parametrize("kind", ["detached", "no_grad", "another model"])
+@pytest.mark.row("M7")
 def test_a_loss_that_ignores_the_parameters_is_refused(kind: str) -> None:
     model, other = nn.Linear(3, 2).double(), nn.Linear(3, 2).double().requires_grad_(False)
 

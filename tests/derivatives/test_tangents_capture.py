@@ -193,6 +193,7 @@ def test_functions_of_all_kinds(name):
     torch.testing.assert_close(streamed.diagonals[3], torch.einsum("iii->i", result.tensors[3]), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.row("M6")
 def test_a_custom_backward_is_found_out_by_the_check():
     problem, state, u, partition = (case := net_case(Doubled.apply)).ready()
     with pytest.raises(TangentsUnsupported, match=r"eager gradient|cannot be traced"):  # noqa: PT012 - either will do

@@ -110,6 +110,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("engine", ["tangents", "nested"])
 @pytest.mark.parametrize("again", [True, False])
+@pytest.mark.row("M5")
 def test_activation_checkpointing_at_other_weights_than_the_models_own(again, engine):
     """The backward pass computes the block again when the weights that were put in are gone."""
     plain, model = Checkpointed(None), Checkpointed(again)
@@ -186,6 +187,7 @@ def test_a_self_check_that_is_no_number_makes_the_numbers_suspect():
 
 
 @pytest.mark.parametrize("name", ["hardsigmoid", "transposed"])
+@pytest.mark.row("M4")
 def test_what_nested_cannot_differentiate_is_not_self_checked(name):
     """The numbers are those of the tangents engine alone, and the note says so. Against differences of gradients."""
     torch.set_num_threads(1)
@@ -258,6 +260,7 @@ def test_a_table_scaled_by_frequency_is_refused():
         ho.summarize(problem, 2, engine="tangents", progress=False)
 
 
+@pytest.mark.row("M4")
 def test_what_torch_cannot_differentiate_twice_is_named():
     def loss(x, y):
         return torch.cdist(x, x[:2]).mean()

@@ -189,6 +189,7 @@ def _double():
 
 @pytest.mark.parametrize("engine", ["nested", "auto"])
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.row("M3")
 def test_we_are_right_where_torch_is_not(name: str, engine: str) -> None:
     row = ROWS[name]
     torch.manual_seed(3)
