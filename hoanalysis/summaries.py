@@ -308,13 +308,14 @@ class Work:
         identity = identity or self._identity(state, checkpoint)
         cached = self.problem.cache.get("direction")
         s = self.settings
-        if isinstance(s.direction, str) and cached is not None and cached[0] == identity:
+        kept = isinstance(s.direction, str) and not s.direction.startswith("to:")  # of which another file is a part
+        if kept and cached is not None and cached[0] == identity:
             return cached[1]
         u = resolve_direction(
             s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
             progress=lambda it: _bar(it, progress, "gradient"),
         )  # fmt: skip
-        if isinstance(s.direction, str):
+        if kept:
             self.problem.cache["direction"] = (identity, u)
         if store is not None and key is not None and s.direction == "gradient":
             store.publish_arrays(key, {n: t.cpu().numpy() for n, t in u.tensors.items()})
@@ -480,7 +481,11 @@ class Work:
         checkpoint = run[position]
         if checkpoint.sha256 != key["checkpoint"]:
             raise _replaced(run.paths[position])
-        return self.unit_or_gap(checkpoint, run, store)
+        unit = self.unit_or_gap(checkpoint, run, store)
+        read = json.loads(unit.attrs["unit"]).get("direction", {}).get("to_sha256")
+        if read is not None and read not in key["relatives"]:
+            raise _replaced(_relatives(run, position, self.direction_name)[0])
+        return unit
 
     def refuse_gaps_alone(self, made: Iterable[xr.Dataset | None]) -> None:
         """Raise `NoDirection` where no checkpoint of a run has such a direction."""
