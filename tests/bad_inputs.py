@@ -1,7 +1,7 @@
 """The rows of docs/bad-inputs.md and the tests that show them; ``python -m tests.bad_inputs`` writes the last column.
 
-A test belongs to a row by ``@pytest.mark.row("C4")``, or by its name: ``test_S4_..``. The marks are read from source, so
-that the table is the same whatever is selected to run.
+A test belongs to a row by ``@pytest.mark.row("C4")``, or by its name: ``test_S4_..``. The marks are read from source:
+the table is the same whatever is selected to run.
 """
 
 import ast

@@ -128,7 +128,9 @@ def test_damaged_stores_give_no_other_numbers(computed: Path, tmp_path: Path) ->
         if not whole:  # the lock, given back
             continue
         path.write_bytes(
-            next(damage.at_random(whole, 1 + k % 2, seed=k)) if k % 2 else damage.flipped(whole, 7 * k % 4096)
+            next(damage.at_random(whole, 1 + k % 2, seed=k))
+            if k % 2
+            else damage.flipped(whole, 977 * k % (8 * len(whole)))
         )
         try:
             ds = ho.open_store(tmp_path / "store")

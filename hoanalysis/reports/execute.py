@@ -134,6 +134,8 @@ def prepare(path: Path, given: Mapping[str, Any], automatic: Mapping[str, Any]) 
 
 def _read(path: Path) -> nbformat.NotebookNode:
     """The notebook without outputs, without traces of other runs, with an id in each cell that depends on nothing."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # it would be read for ever
+        raise ReportError("this is a pipe, a socket or a device, not a notebook", where=shown(path))
     try:
         node = nbformat.v4.upgrade(_with_ids(nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)))
     except FileNotFoundError:

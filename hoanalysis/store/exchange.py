@@ -72,7 +72,7 @@ def open_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
 
 
 def _read_netcdf(path: Path) -> xr.Dataset:
-    data = path.read_bytes()
+    data = _bytes_of(path)
     if not data.startswith(_HDF5):
         raise StoreError(
             "this is not a netCDF file of ours",
@@ -89,6 +89,15 @@ def _read_netcdf(path: Path) -> xr.Dataset:
         )
     with _unreadable(path, "netCDF"):
         return container.dataset_of(data)
+
+
+def _bytes_of(path: Path) -> bytes:
+    """All of a netCDF file, and nothing of what begins otherwise, has no end, or would be waited for."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        head = file.read(len(_HDF5))
+        return head + file.read() if head == _HDF5 else head
 
 
 def _read_zarr(path: Path) -> xr.Dataset:
