@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hoanalysis.hessian import curvature as curvature
     from hoanalysis.partitions import Partition as Partition
     from hoanalysis.problem import Problem as Problem
+    from hoanalysis.recorder import Recorder as Recorder
     from hoanalysis.reports import report as report
     from hoanalysis.store import open_dataset as open_dataset
     from hoanalysis.store import open_store as open_store
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Partition": "partitions",
     "Problem": "problem",
+    "Recorder": "recorder",
     "curvature": "hessian",
     "explore": "explorer",
     "load_checkpoint": "checkpoints",
@@ -49,6 +51,7 @@ _MODULES = ("analysis", "data", "models", "optim", "plots")
 __all__ = [
     "Partition",
     "Problem",
+    "Recorder",
     "__version__",
     "analysis",
     "curvature",
