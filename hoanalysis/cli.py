@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shlex
@@ -55,6 +56,16 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             if isinstance(error, StoreError) and fn.__name__ in ("report", "summarize"):
                 typer.echo(f"what was finished is kept; to go on: {_this_call()}", err=True)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `hoanalysis show .. | head`: nobody listens any more
+                raise
+            from hoanalysis.store.files import shown
+
+            where = (
+                f"\n  where: {shown(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
+            )
+            typer.echo(f"error: {error.strerror or error}{where}", err=True)
             raise typer.Exit(1) from None
         except RecursionError:
             typer.echo(f"error: something is nested too deeply to be read\n  where: {_this_call()}", err=True)

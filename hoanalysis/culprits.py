@@ -40,7 +40,8 @@ def foreign(error: BaseException) -> bool:
 
 def _memory(error: BaseException) -> bool:
     """torch says in words that memory is short; the engines then take smaller chunks."""
-    return bool(re.search(r"memory|allocat", str(error), re.IGNORECASE))
+    words = r"out of memory|not enough memory|cannot allocate|can't allocate|failed to allocate|alloc_cpu|bad_alloc"
+    return bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def of_call(error: Exception, where: str, root: nn.Module | None = None) -> HoError:

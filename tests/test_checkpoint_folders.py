@@ -214,6 +214,7 @@ def test_pipes_devices_and_dangling_links(tmp_path: Path) -> None:
     refused(tmp_path / "zero.pt", "a pipe, a socket or a device")
     refused(tmp_path / "gone_3.pt", "link to a file that is not there", "nowhere.pt")
     refused(tmp_path / "loop.pt", "link")
+    refused(tmp_path / ("x" * 300), "cannot be read", "too long")
     torch.save({"a": torch.zeros(2)}, tmp_path / "step_4.pt")
     assert "gone_3.pt" in [p.name for p in open_run(tmp_path, "*.pt").paths]  # named in its turn, not left out
 

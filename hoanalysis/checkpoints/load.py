@@ -1,10 +1,11 @@
 """`load_checkpoint`: one file, or one index of shards, to a `Checkpoint`."""
 
+import contextlib
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from hoanalysis.checkpoints import distributed, safetensors_file, torch_file, unpack
 from hoanalysis.checkpoints.sniff import existing, sniff, step_of, within
-from hoanalysis.errors import CheckpointError, listed
+from hoanalysis.errors import CheckpointError, HoError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,26 @@ def load_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         If the file is missing, empty, truncated, damaged, no checkpoint, holds code, or holds tensors that cannot be
         differentiated (quantised, sparse, meta, distributed).
     """
-    path = Path(path)
+    with _explained(path):
+        return _load(Path(path), key)
+
+
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the operating system refuses (permission, a failing disk, too long a name) as a `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, HoError):
+            raise
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {error.strerror or error}",
+            where=str(path),
+            do="check its permissions and the disk, or give another path",
+        ) from error
+
+
+def _load(path: Path, key: str | None) -> Checkpoint:
     if path.is_dir() and (inside := within(path)) is not None:
         if inside.name == distributed.METADATA:
             return _load_distributed(path, key)
@@ -164,7 +184,7 @@ def _found_in(content: Any, path: Path, sha256: str, key: str | None) -> Checkpo
     inert = unpack.inert_code(content)
     if inert:
         notes.append(f"the file names code for another loader to run, ignored here: {listed(inert)}")
-        warnings.warn(f"{path}: {notes[-1]}", stacklevel=6)
+        warnings.warn(f"{path}: {notes[-1]}", stacklevel=7)
     weights = unpack.find_state_dict(content, str(path), key, notes)
     optimizer_state = unpack.find_optimizer(content, weights, notes)
     plain, settings = _plain(weights, path, notes), unpack.optimizer_settings(content)
@@ -306,6 +326,11 @@ def _joined(hashes: Mapping[str, str]) -> str:
 
 def content_sha256(path: Path) -> str:
     """What `Checkpoint.sha256` of this file will be, without reading weights."""
+    with _explained(path):
+        return _content_sha256(path)
+
+
+def _content_sha256(path: Path) -> str:
     if path.is_dir() and (inside := within(path)) is not None:
         if inside.name == distributed.METADATA:
             return distributed.sha256_of(path, content_sha256_of_file)

@@ -78,7 +78,11 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
         If the folder is missing, or nothing in it matches.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the folder cannot be opened: {error}"[:500], where=repr(str(folder))[:300]) from None
+    if not there:
         what = "this is a file, not a folder of checkpoints" if folder.exists() else "there is no such folder"
         do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else neighbours(folder)
         raise CheckpointError(what, where=str(folder), do=do)
