@@ -6,7 +6,8 @@
     python benchmarks/postmortem.py FOLDER --what prediction  # single steps of tanh LeNets, by order and by data
 
 Runs are trained by data/make_runs.py into FOLDER and summarized there on 512 training images (order 3 along to:next,
-norms along gradient and weights); what is there already is not made again. Tables go to the terminal as Markdown, as
+norms along gradient and weights; of the diverged run the slopes along the steps as well, which none of the planted
+faults is told by); what is there already is not made again. Tables go to the terminal as Markdown, as
 they stand in docs/postmortem.md.
 
 A planted fault counts as found where the first alarm names it: the group and "learning rate" (or "does not move"), or
@@ -32,6 +33,7 @@ import xarray as xr
 import hoanalysis as ho
 from hoanalysis import data, models
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
+from hoanalysis.analysis.path import stored
 from hoanalysis.analysis.prediction import prediction
 
 ROOT = Path(__file__).parents[1]
@@ -162,8 +164,8 @@ def summarized(folder: Path, activation: str, width: float = 1.0, **options: Any
     return found
 
 
-def looked_into(folder: Path, activation: str, width: float = 1.0) -> Autopsy:
-    ds = summarized(folder, activation, width)
+def looked_into(folder: Path, activation: str, width: float = 1.0, **options: Any) -> Autopsy:
+    ds = summarized(folder, activation, width, **options)
     log = pd.read_csv(folder / "log.csv")
     return autopsy(ds["to:next"], gradient=ds["gradient"], weights=ds["weights"], log=log)
 
@@ -213,14 +215,18 @@ def diverged(folder: Path) -> None:
     for file in (ROOT / "data" / "lenet5-mnist-diverged").iterdir():
         if not (out / file.name).exists():
             (out / file.name).write_bytes(file.read_bytes())
-    found = looked_into(out, "tanh", 0.5)
+    steps = out / "to-next.nc"
+    if steps.exists() and not stored(xr.load_dataset(steps, engine="h5netcdf")):
+        steps.unlink()
+    found = looked_into(out, "tanh", 0.5, measure=("along", "path"))
     print("\n".join(["", "lenet5-mnist-diverged:", *found.verdict, ""]))
-    print(markdown(found.terms.head(8)[["order", "term", "value", "se"]].map(_told)))
+    print(markdown(found.terms.head(8)[["order", "term", "value", "se"]].map(_told)) + "\n")
+    print(markdown(found.shares[["group", "share", "share_se", "left_out", "polynomial", "polynomial_se"]].map(_told)))
     print(f"\npredicted {found.predicted:.3f}, measured {found.measured:.3f} ± {found.measured_se:.3f}")
 
 
 def _told(value: Any) -> Any:
-    return f"{value:+.3f}" if isinstance(value, float) else value
+    return f"{value:+.4f}" if isinstance(value, float) else value
 
 
 # ---- prediction ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ VERBS: dict[str, Callable[[xr.Dataset], Any]] = {
     "findings": lambda ds: ds.ho.findings(),
 }
 #: Verbs about the steps between checkpoints, which need directions of their own: tests of their modules.
-ELSEWHERE = {"prediction", "autopsy", "update_rule"}
+ELSEWHERE = {"prediction", "path", "autopsy", "update_rule"}
 
 
 def along_weights(ds: xr.Dataset) -> xr.Dataset:

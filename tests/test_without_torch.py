@@ -41,8 +41,8 @@ def stored(tmp_path_factory) -> Path:
 
 def test_every_verb_and_every_plot(stored: Path) -> None:
     ds = ho.open_dataset(stored)
-    of_steps = {"prediction", "autopsy", "update_rule"}  # need directions of their own; tests of their modules
-    verbs = [v for v in dir(ds.ho) if v.islower() and not v.startswith("_") and v not in {"plot", *of_steps}]
+    own = {"prediction", "path", "autopsy", "update_rule", "reinitialization"}  # directions: tests of their modules
+    verbs = [v for v in dir(ds.ho) if v.islower() and not v.startswith("_") and v not in {"plot", *own}]
     assert {"regularizer", "learning_rates", "inverse", "merge", "blocks", "taylor", "interactions", "spectrum"} <= set(
         verbs
     )

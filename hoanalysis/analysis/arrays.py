@@ -4,8 +4,10 @@ Every analysis verb has the same three parts: a numpy function of one checkpoint
 one, and `labelled`, which puts dims, coordinates, ``long_name`` and ``units`` on the result.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from hoanalysis import schema
-from hoanalysis.errors import SchemaError
+from hoanalysis.errors import ArgumentError, SchemaError, listed
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -56,7 +58,14 @@ def over_checkpoints(ds: xr.Dataset, function: Callable[[xr.Dataset], Any]) -> A
 
 
 def require(ds: xr.Dataset, *names: str) -> None:
-    """Raise `SchemaError` unless ``ds`` holds the variables ``names``, over the same groups along each dim."""
+    """Raise `SchemaError` unless ``ds`` holds the variables ``names``, over the same groups along each dim, each of
+    them once."""
+    if names and schema.GROUP not in ds.dims and any(n in ds for n in names):
+        raise SchemaError(
+            f"there is no dim {schema.GROUP!r}",
+            why=f"the dims are {', '.join(map(str, ds.dims)) or 'none'}: it was renamed, or one group was selected",
+            do="keep the dims' names, and select groups with ds.isel(group=[..], group2=[..])",
+        )
     missing = [name for name in names if name not in ds.data_vars]
     if missing:
         raise SchemaError(
@@ -64,7 +73,9 @@ def require(ds: xr.Dataset, *names: str) -> None:
             why=f"its summaries are {', '.join(f'D{d}' for d in schema.orders(ds)) or 'none'}",
             do=f"summarize with order={max((int(n[1]) for n in missing if n[1:2].isdigit()), default=2)}",
         )
+    _refuse_duplicates(ds)
     for name in names:
+        _refuse_other_dims(ds, name)
         for dim in ds[name].dims:
             if str(dim).startswith(schema.GROUP) and not np.array_equal(ds[dim].values, ds[schema.GROUP].values):
                 raise SchemaError(
@@ -72,6 +83,48 @@ def require(ds: xr.Dataset, *names: str) -> None:
                     why="one of the dims was selected or reordered without the other",
                     do="select the same labels along group, group2, .. or merge groups with ds.ho.merge({...})",
                 )
+
+
+def _refuse_duplicates(ds: xr.Dataset) -> None:
+    labels = schema.labels(ds) if schema.GROUP in ds.coords else []
+    twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
+    if twice:
+        raise SchemaError(
+            f"several groups are called {listed(twice)}",
+            why="groups are found by their labels",
+            do="give each its own: ds.assign_coords(group=labels, group2=labels, ..)",
+        )
+
+
+def _refuse_other_dims(ds: xr.Dataset, name: str) -> None:
+    """D^(d) has d dims of groups, and ``step`` at most beside them."""
+    order = re.fullmatch(r"D([1-9]\d*)", name)
+    if order and set(map(str, ds[name].dims)) - {schema.STEP} != set(schema.group_dims(int(order[1]))):
+        raise SchemaError(
+            f"{name} has the dims {', '.join(map(str, ds[name].dims)) or 'none'}",
+            why=f"expected are {', '.join(schema.group_dims(int(order[1])))}, behind 'step' in a series",
+            do="keep the dims' names, and select groups along all of them",
+        )
+
+
+def require_order(ds: xr.Dataset) -> None:
+    """Raise `SchemaError` unless the steps of a series increase: what follows what is read from their order."""
+    labels = step_labels(ds) if schema.STEP in ds.dims else []
+    if any(not a < b for a, b in pairwise(labels)):
+        raise SchemaError("the steps of this series do not increase", do="sort it: ds.sortby('step')")
+
+
+def number(value: Any, name: str) -> float:
+    """``value`` as a float; `ArgumentError` unless it is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ArgumentError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def require_top(top: Any) -> None:
+    """Raise `ArgumentError` unless ``top`` is None or a whole number from 0 on."""
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 0):
+        raise ArgumentError(f"top must be a whole number, or None for all, not {top!r}")
 
 
 def tensor(one: xr.Dataset, name: str) -> Array:

@@ -18,7 +18,7 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, Tensors, checkpoints, require, tensors
+from hoanalysis.analysis.arrays import Array, Tensors, checkpoints, number, require, tensors
 from hoanalysis.analysis.errorbars import standard_error
 from hoanalysis.analysis.groups import System, rounding, system
 from hoanalysis.analysis.linear import solve
@@ -95,7 +95,7 @@ def suggest_partition(ds: xr.Dataset, n: int, *, within: str | None = None, epsi
     null = np.logical_and.reduce([s.null for s in systems]) & used.any()
     alone = ~(used | null)
     _check(n, len(labels), fewest(ds))
-    strength = _epsilon(ones, systems, used) if epsilon is None else float(epsilon)
+    strength = _epsilon(ones, systems, used) if epsilon is None else _strength(epsilon)
     models = [Model.of(one, s, used, strength) for one, s in zip(ones, systems, strict=True)]
     members: list[list[int]] = [[int(s)] for s in np.flatnonzero(used)]
     path = merge_cheapest(models, members, _values(ds, within), n - int(alone.sum()), labels)
@@ -121,7 +121,7 @@ def kept_share(ds: xr.Dataset, by: By, *, epsilon: float | None = None) -> tuple
     """
     ones, systems = _computed(ds)
     used = _used(systems)
-    strength = _epsilon(ones, systems, used) if epsilon is None else float(epsilon)
+    strength = _epsilon(ones, systems, used) if epsilon is None else _strength(epsilon)
     return _kept(ones, systems, used, [m for m in groups_of(ds, by).values() if used[m].any()], strength)
 
 
@@ -131,6 +131,13 @@ def _computed(ds: xr.Dataset) -> tuple[list[xr.Dataset], list[System]]:
     if not ones:
         raise ArgumentError("no partition can be suggested: D1 and D2 are not computed", do="run the study first")
     return ones, [system(one) for one in ones]
+
+
+def _strength(epsilon: float) -> float:
+    value = number(epsilon, "epsilon")
+    if not (np.isfinite(value) and value >= 0):
+        raise ArgumentError(f"epsilon must be 0 or more, and finite, not {epsilon!r}", do="leave it out")
+    return value
 
 
 def _used(systems: list[System]) -> Array:
@@ -164,7 +171,7 @@ def _values(ds: xr.Dataset, within: str | None) -> Array:
         return np.zeros(ds.sizes[schema.GROUP], dtype=int)
     fitting = [str(c) for c in ds.coords if ds[c].dims == (schema.GROUP,) and c != schema.GROUP]
     if within not in fitting:
-        raise ArgumentError(f"groups have no coordinate {within!r}", where="within", do=nearest(within, fitting))
+        raise ArgumentError(f"groups have no coordinate {within!r}", where="within", do=nearest(str(within), fitting))
     return ds[within].values.astype(str)
 
 

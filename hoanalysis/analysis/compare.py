@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy.special import ndtr, stdtr
 
 from hoanalysis import schema
 from hoanalysis.analysis.arrays import (
@@ -34,7 +35,6 @@ from hoanalysis.analysis.quantities import Quantity, quantities
 from hoanalysis.errors import ArgumentError, listed
 
 CLEAR = 2.0  # standard errors from 0 at which a difference is told from 0
-CHANCE = 0.0455  # of a normal variable lies beyond as many
 PAIRED, INDEPENDENT = "paired by block", "independent"
 
 
@@ -75,6 +75,7 @@ def compare(ds: xr.Dataset, other: xr.Dataset, step: Any = None, *, paired: bool
         parts = [_one(q, a, b, common, together) for a, b in pairs]
         ways |= {way for _, way in parts}
         found |= _variables(ds, q, np.stack([values for values, _ in parts]), lead)
+        found[f"{q.name}_se"][2]["errors"] = "; ".join(dict.fromkeys(way for _, way in parts))
     if paired and PAIRED not in ways:
         raise ArgumentError(
             "these summaries cannot be paired: they do not keep the same blocks of batches",
@@ -82,6 +83,7 @@ def compare(ds: xr.Dataset, other: xr.Dataset, step: Any = None, *, paired: bool
         )
     result = xr.Dataset(found, coords=_coordinates(ds, common[0], pairs, lead))
     result = result.assign_attrs(_attrs(ds, other, ways))
+    result.attrs["pieces"] = min(_pieces(one) for pair in pairs for one in pair)
     words = [_status(result.isel({schema.STEP: i}) if lead else result, ds, other) for i in range(len(pairs))]
     result["status"] = xr.Variable(lead, words if lead else words[0], {"long_name": "advice", "units": ""})
     return result
@@ -226,8 +228,21 @@ def _count(result: xr.Dataset, name: str) -> str:
         return f"{name}: differs by {known[0]:.1f} standard errors{doubt}."
     return (
         f"{name}: {(known >= CLEAR).sum()} of {len(known)} entries differ by {CLEAR:g} standard errors or more; "
-        f"about {CHANCE * len(known):.1f} would by chance."
+        f"about {_chance(result) * len(known):.1f} would by chance."
     )
+
+
+def _pieces(one: xr.Dataset) -> int:
+    """How many blocks of batches, or else batches, an error comes from; 0 where that is not told."""
+    if schema.WEIGHT in one:
+        return int((np.nan_to_num(one[schema.WEIGHT].values) > 0).sum())
+    return int(np.nan_to_num(float(one["n_batches"].item()))) if "n_batches" in one.coords else 0
+
+
+def _chance(result: xr.Dataset) -> float:
+    """The share of Student's distribution, or of the normal one where the pieces are not told, beyond `CLEAR`."""
+    pieces = int(result.attrs["pieces"])
+    return float(2 * (stdtr(pieces - 1, -CLEAR) if pieces > 1 else ndtr(-CLEAR)))
 
 
 def _entries(x: Array) -> Sequence[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, checkpoints, require, step_labels, tensor
+from hoanalysis.analysis.arrays import Array, checkpoints, require, require_order, step_labels, tensor
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
 from hoanalysis.analysis.groups import system
 from hoanalysis.analysis.interactions import interactions, shares
@@ -47,7 +47,8 @@ def findings(
         beside the one used; groups without effect, with r = 0, or not told from 0; negative curvature; how good the
         numbers are.
     """
-    require(ds)
+    require(ds, schema.LOSS)
+    require_order(ds)
     log = log if log is not None and "learning_rate" in log else None
     labels, done = step_labels(ds), _done(ds)
     if not done:

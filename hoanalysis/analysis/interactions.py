@@ -15,7 +15,16 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, labelled, over_checkpoints, require, tensors
+from hoanalysis.analysis.arrays import (
+    Array,
+    Tensors,
+    error_attrs,
+    labelled,
+    over_checkpoints,
+    require,
+    require_top,
+    tensors,
+)
 from hoanalysis.analysis.errorbars import standard_error, why_none
 from hoanalysis.analysis.groups import System, system
 from hoanalysis.analysis.inverse import matrix, scale_free, scale_free_of
@@ -40,11 +49,12 @@ def interactions(ds: xr.Dataset, top: int | None = None) -> pd.DataFrame:
         One row per pair (``group`` before ``group2`` in the order of the Dataset), the ``top`` strongest or all of
         them: ``step``, ``rank``, ``group``, ``group2``, ``layer``, ``layer2``; ``value`` = H-bar_st in loss with
         ``value_se``; ``scale_free`` = H-bar_st / sqrt|H-bar_ss H-bar_tt| with ``scale_free_se``; ``share`` = 2 |A_st| /
-        sum |A| of the scale-free matrix; ``significance`` = |value| / value_se. Pairs with a group without effect are
-        left out.
+        sum |A| of the scale-free matrix; ``significance`` = |scale_free| / scale_free_se, of what ranks them. Pairs
+        with a group without effect are left out.
 
     Raises `SchemaError` where D1 or D2 is missing. Source: arXiv 2312.03885, Section 4 (interactions between layers).
     """
+    require_top(top)
     raw, free = matrix(ds, "H"), scale_free(ds)
     frames = [_pairs(*parts) for parts in zip(*(_by_step(a) for a in (raw, free)), strict=True)]
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -64,7 +74,7 @@ def _pairs(raw: xr.DataArray, free: xr.DataArray) -> pd.DataFrame:
     named = {"group": names[rows], "group2": names[columns], "layer": layers[rows], "layer2": layers[columns]}
     frame = pd.DataFrame({"step": step, **named, **upper})
     frame["share"] = 2 * frame["scale_free"].abs() / np.nansum(np.abs(free.values)) if len(frame) else 0.0
-    frame["significance"] = frame["value"].abs() / frame["value_se"].where(frame["value_se"] > 0)
+    frame["significance"] = frame["scale_free"].abs() / frame["scale_free_se"].where(frame["scale_free_se"] > 0)
     order = frame["scale_free"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order].dropna(subset=["scale_free"]).reset_index(drop=True)
     frame.insert(1, "rank", np.arange(1, len(frame) + 1))

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import step_labels
+from hoanalysis.analysis.arrays import require, step_labels
 from hoanalysis.errors import ArgumentError, listed
 
 Indices = tuple[list[str], list[int], list[int]]
@@ -23,6 +23,7 @@ def comparable(ds: xr.Dataset, other: xr.Dataset) -> None:
         )
     for one in (ds, other):
         schema.validate(one)
+        require(one, schema.LOSS)
     mine, theirs = (str(d.attrs.get("direction", "unknown")) for d in (ds, other))
     if mine != theirs:
         raise ArgumentError(
@@ -61,6 +62,10 @@ def pairs_of(ds: xr.Dataset, other: xr.Dataset, step: Any) -> tuple[list[Pair], 
         at = [(ds.isel(step=mine.index(s)), other.isel(step=theirs.index(s))) for s in both]
         return at, (schema.STEP,)
     a, b = step if isinstance(step, tuple) and len(step) == 2 else (step, step)
+    if schema.STEP not in ds.dims and schema.STEP not in other.dims and not {a, b} <= {None, "first", "last"}:
+        for which, one, at in (("a", ds, a), ("b", other, b)):
+            if schema.STEP not in one.coords or one[schema.STEP].item() != at:
+                raise ArgumentError(f"{which} is a single checkpoint, and not at step {at!r}", do="leave out step=")
     return [(_checkpoint(ds, a, "a"), _checkpoint(other, b, "b"))], ()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, checkpoints, labelled, require, step_labels
+from hoanalysis.analysis.arrays import Array, checkpoints, labelled, require, require_order, step_labels
 from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.analysis.taylor import highest_order
 from hoanalysis.errors import SchemaError
@@ -51,6 +51,7 @@ def prediction(ds: xr.Dataset) -> xr.Dataset:
     """
     top = highest_order(ds)
     require(ds, schema.LOSS, *[schema.derivative(d) for d in range(1, max(top, 1) + 1)])
+    require_order(ds)
     order = xr.Variable("order", np.arange(1, top + 1), {"long_name": "order of the prediction", "units": ""})
     measured, measured_blocks, stored = _measured(ds)
     predicted, blocks = _predicted(ds, top, order)
@@ -186,7 +187,7 @@ def _reach(ds: xr.Dataset, predicted: xr.DataArray, top: int, order: xr.Variable
     left, real, error = _unexplained_along(ds, tau, forward, top, order)
     found = {}
     for name, doubt in zip(names, (0.0, 2.0, -2.0), strict=True):
-        close: xr.DataArray = abs(left) + doubt * error <= WITHIN * abs(real)
+        close: xr.DataArray = abs(left) + (doubt * error if doubt else 0.0) <= WITHIN * abs(real)
         reached = (close.astype(int).cumprod("tau") * real.tau).max("tau")
         found[name] = reached.where(predicted.notnull() & (error.notnull().all("tau") if doubt else True))
     return found

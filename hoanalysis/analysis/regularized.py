@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from hoanalysis.analysis.arrays import Array, Tensors, require
+from hoanalysis.analysis.arrays import Array, Tensors, number, require
 from hoanalysis.analysis.cubic import cubic_step
 from hoanalysis.analysis.groups import System, rounding, system
 from hoanalysis.analysis.linear import solve
@@ -24,8 +24,12 @@ def check(regularization: Regularization, epsilon: float) -> None:
     if regularization not in REGULARIZATIONS:
         names = [str(name) for name in REGULARIZATIONS]
         raise ArgumentError(f"unknown regularization {regularization!r}", do=nearest(str(regularization), names))
+    number(epsilon, "epsilon")
     if regularization is not None and not (np.isfinite(epsilon) and epsilon > 0):
-        raise ArgumentError(f"epsilon must be positive and finite, not {epsilon!r}")
+        raise ArgumentError(
+            f"epsilon must be positive and finite, not {epsilon!r}",
+            do="use 1.0, or regularization=None for none at all",
+        )
 
 
 def needed(ds: xr.Dataset, regularization: Regularization) -> list[str]:

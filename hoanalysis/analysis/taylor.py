@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import require, with_error
+from hoanalysis.analysis.arrays import number, require, with_error
 from hoanalysis.analysis.errorbars import error_over_blocks
 from hoanalysis.errors import ArgumentError, SchemaError, nearest
 
@@ -62,7 +62,7 @@ def _names(ds: xr.Dataset, order: int | None) -> list[str]:
     if schema.derivative(1) not in ds:
         raise SchemaError("a Taylor prediction needs D1, which the Dataset does not hold", do="summarize with order=2")
     top = highest_order(ds) if order is None else order
-    if not isinstance(top, int | np.integer) or top < 1:
+    if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
         raise ArgumentError(f"order must be a whole number from 1 on, not {order!r}")
     names = [schema.derivative(d) for d in range(1, int(top) + 1)]
     require(ds, *names)
@@ -83,9 +83,17 @@ def as_move(ds: xr.Dataset, eta: Move) -> xr.DataArray:
     elif isinstance(eta, Mapping):
         move = _from_mapping(eta, labels)
     else:
-        move = _from_array(ds, np.asarray(eta, dtype=float), labels)
+        move = _from_array(ds, _numbers(eta), labels)
     gone = move.isnull().all(schema.GROUP)
     return move.fillna(0.0).where(~gone).reset_coords(drop=True)
+
+
+def _numbers(eta: Any) -> np.ndarray:
+    """As floats; `ArgumentError` for words and truth values, which numpy would take for numbers."""
+    values = np.asarray(eta)
+    if values.dtype.kind not in "iuf":
+        raise ArgumentError(f"eta must be made of numbers, not {eta!r}")
+    return values.astype(float)
 
 
 def _aligned(eta: xr.DataArray, labels: list[str]) -> xr.DataArray:
@@ -102,7 +110,8 @@ def _from_mapping(eta: Mapping[str, Any], labels: list[str]) -> xr.DataArray:
     for label in eta:
         if label not in labels:
             raise ArgumentError(f"no group is called {label!r}", where="eta", do=nearest(str(label), labels))
-    return xr.DataArray([float(eta.get(g, 0.0)) for g in labels], dims=schema.GROUP, coords={schema.GROUP: labels})
+    moves = [number(eta.get(g, 0.0), f"the move of {g!r}") for g in labels]
+    return xr.DataArray(moves, dims=schema.GROUP, coords={schema.GROUP: labels})
 
 
 def _from_array(ds: xr.Dataset, eta: np.ndarray, labels: list[str]) -> xr.DataArray:

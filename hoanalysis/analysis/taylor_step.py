@@ -25,7 +25,7 @@ import xarray as xr
 
 from hoanalysis import schema
 from hoanalysis.analysis.advice import FLAT, MISSING, NULL
-from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, labelled, over_checkpoints, require, tensors
+from hoanalysis.analysis.arrays import Array, Tensors, error_attrs, labelled, number, over_checkpoints, require, tensors
 from hoanalysis.analysis.errorbars import standard_error, why_none
 from hoanalysis.analysis.groups import System, system
 from hoanalysis.analysis.taylor import highest_order
@@ -61,7 +61,7 @@ def taylor_step(ds: xr.Dataset, order: int | None = None, share: float = SHARE) 
         ``order`` is below 3 or not held, or ``share`` is not between 0 and 1.
     """
     names = _names(ds, order)
-    if not 0 < share <= 1:
+    if not 0 < number(share, "share") <= 1:
         raise ArgumentError(f"share must be above 0 and at most 1, not {share!r}")
     parts = over_checkpoints(ds, lambda one: _step_and_errors(one, names, share))
     words = over_checkpoints(ds, lambda one: _status(one, names, share))

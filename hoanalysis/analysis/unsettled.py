@@ -5,8 +5,10 @@ An entry x with standard error se has a settled sign where |x| >= 2 se. Errors o
 
     k = (2 se / x)^2         times as many batches.
 
-That is an expectation: x itself is known to se only, so that for |x| << se the number says no more than "very many". It
-takes batches of the same distribution; where the summaries already use all of the data, more data.
+That is an expectation: x itself is known to se only, so that for |x| << se the number says no more than "very many".
+It takes batches of the same distribution; where the summaries already use all of the data, more data. Along the
+gradient of the same data with conditional errors k is too small, by about the square of what these leave out: 4 and
+more for D1, 16 to 50 for D2 (docs/errors.md); ``says`` warns of it.
 """
 
 from itertools import combinations_with_replacement
@@ -16,12 +18,14 @@ import pandas as pd
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, checkpoints, require, step_labels, tensor
+from hoanalysis.analysis.arrays import Array, checkpoints, require, require_top, step_labels, tensor
+from hoanalysis.analysis.errorbars import moves_with_the_data
 from hoanalysis.analysis.groups import system
 from hoanalysis.analysis.steps import learning_rates
 from hoanalysis.errors import SchemaError
 
 CLEAR = 2.0
+TOO_SMALL = " The errors leave out what the data do through u, so that it takes more."
 RATES = "learning_rates"
 
 
@@ -44,6 +48,7 @@ def unsettled(ds: xr.Dataset, top: int | None = None) -> pd.DataFrame:
     Raises `SchemaError` where the Dataset holds no standard errors.
     """
     require(ds, "D1", "D2")
+    require_top(top)
     held = [schema.derivative(d) for d in schema.orders(ds) if schema.error_of(schema.derivative(d)) in ds]
     held += [schema.diagonal(d) for d in range(1, 5) if schema.error_of(schema.diagonal(d)) in ds]
     if not held:
@@ -73,7 +78,9 @@ def _of_one(one: xr.Dataset, step: object, name: str, value: Array, error: Array
     columns["batches"] = times[open_] * float(one["n_batches"].item() if "n_batches" in one.coords else np.nan)
     frame = pd.DataFrame(columns).sort_values("times", kind="stable", ignore_index=True)
     groups = [schema.group_dim(k) for k in range(len(at))]
-    frame["says"] = [_sentence(name, *row) for row in frame[["times", "batches", *groups]].itertuples(index=False)]
+    more = TOO_SMALL if moves_with_the_data(one) else ""
+    rows = frame[["times", "batches", *groups]].itertuples(index=False)
+    frame["says"] = [f"{_sentence(name, *row)}{more}" for row in rows]
     return frame
 
 

@@ -128,19 +128,38 @@ def test_a_log_without_learning_rates_is_no_error(broken):
 
 def test_how_many_steps_were_predicted_is_counted(broken):
     ds = broken["to:next"]
-    told = prediction(ds)
-    known = np.isfinite(told.measured.values)
-    shares = [f"{told.within.sel(order=d).values[known].mean():.0%}" for d in (1, 2, 3)]
-    text = "\n".join(findings(ds))
-    assert f"Of {known.sum()} single steps" in text
-    assert f"in {', '.join(shares)} at the orders 1 to 3" in text
+    told, text = prediction(ds), "\n".join(findings(ds))
+    cut = ds.ho.autopsy().broke.position
+    assert 10 < cut < 15
+    for when, part in ((" before the break", slice(cut)), (" from the break on", slice(cut, 20))):
+        one = told.isel(step=part)
+        known = np.isfinite(one.measured.values)
+        shares = [f"{one.within.sel(order=d).values[known].mean():.0%}" for d in (1, 2, 3)]
+        assert f"Of {known.sum()} single steps{when}" in text
+        assert f"in {', '.join(shares)} at the orders 1 to 3" in text
     assert "times the step in the median" not in text
     best = np.array([best_multiple(ds.isel(step=i)) for i in range(20)])
-    assert f"the best multiple is {np.nanmedian(best):.2g} in the median" in text
-    used = np.where(np.arange(20) < 12, 0.02, 4.0)
-    log = pd.DataFrame({"step": [0, 12], "learning_rate": [0.02, 4.0]})
-    needed = np.median((best * used)[np.isfinite(best)])
-    assert f"a learning rate of {needed:.2g} where" in "\n".join(findings(ds, log))
+    assert f"the best multiple is {_median(best)} in the median" in text
+
+
+def _median(values: np.ndarray, times: float = 1.0) -> str:
+    """The median, and the error of one of a normal sample, from its middle 68 %."""
+    known = values[np.isfinite(values)] * times
+    spread = np.quantile(known, 0.8413) - np.quantile(known, 0.1587)
+    return pm(np.median(known), np.sqrt(np.pi / 2) * spread / 2 / np.sqrt(len(known)))
+
+
+def test_the_rates_that_were_needed_are_told_regime_by_regime(broken):
+    """A median over steps at one rate is not multiplied by that of another."""
+    ds, log = broken["to:next"], pd.DataFrame({"step": [0, 12], "learning_rate": [0.02, 4.0]})
+    text = "\n".join(findings(ds, log))
+    best = np.array([best_multiple(ds.isel(step=i)) for i in range(20)])
+    for rate, part in ((0.02, best[:12]), (4.0, best[12:])):
+        if np.isfinite(part).any():
+            assert f"Of the {len(part)} steps taken at a learning rate of {rate:.2g}," in text
+            assert f"in the median, a learning rate of {_median(part, rate)}." in text
+    schedule = pd.DataFrame({"step": range(20), "learning_rate": np.linspace(0.02, 0.04, 20)})
+    assert "times the rate that the log has at each." in "\n".join(findings(ds, schedule))
 
 
 def test_how_far_each_order_reaches_is_said_where_it_was_measured(broken):
@@ -153,7 +172,9 @@ def test_how_far_each_order_reaches_is_said_where_it_was_measured(broken):
     told = ds.assign(change_along=(("step", "tau"), along)).assign_coords(tau=taus)
     reach = prediction(told).reach.isel(step=slice(20)).median("step").values
     assert reach[1] == reach[2] == 2
-    assert f"up to {reach[0]:.2g}, 2, 2 times the step in the median" in "\n".join(findings(told))
+    whole = told.isel(step=slice(12))  # before the break, so that one sentence tells of all
+    reach = prediction(whole).reach.isel(step=slice(12)).median("step").values
+    assert f"up to {reach[0]:.2g}, 2, 2 times the step in the median" in "\n".join(findings(whole))
 
 
 def test_the_last_checkpoint_of_to_next_is_not_missing(broken):

@@ -118,3 +118,31 @@ def test_steps_that_skip_are_told_from_single_ones(run):
 def test_merged_groups_predict_the_same(run):
     _, _, ds = run
     assert_allclose(prediction(merge(ds, "layer")).predicted, prediction(ds).predicted, atol=1e-14)
+
+
+def test_reach_within_its_errors_and_the_stored_error_without_blocks(run):
+    """Two standard errors of the difference between predicted and measured, paired over the blocks, at each tau."""
+    model, points, ds = run
+    taus, w = np.array([0.25, 0.5, 1.0, 2.0, 4.0]), model.weight
+    moves = [(points[i], points[i + 1] - points[i]) for i in range(6)]
+    each = np.array([[model.losses(x + t * u) - model.losses(x) for t in taus] for x, u in moves])  # step, tau, block
+    rows = np.concatenate([each, np.full((1, 5, 6), np.nan)])
+    mean, se = (np.array([[weighted(b, w)[k] for b in row] for row in rows]) for k in (0, 1))
+    ds = ds.assign(change_along=(("step", "tau"), mean), change_along_se=(("step", "tau"), se)).assign_coords(tau=taus)
+    kept = ds.assign(change_along_batch=(("step", "batch", "tau"), (rows * w).transpose(0, 2, 1)))
+    told = prediction(kept)
+    for i, (x, u) in enumerate(moves):
+        first = model.derivatives(x)[0] @ u
+        for name, doubt in (("reach", 0), ("reach_low", 2), ("reach_high", -2)):
+            reach = 0.0
+            for k, t in enumerate(taus):
+                left, error = weighted(t * first - each[i, k], w)
+                if abs(left) + doubt * error > 0.1 * abs(mean[i, k]):
+                    break
+                reach = t
+            assert told[name][i].sel(order=1) == reach
+    assert (told.reach_low < told.reach_high).any()
+    bare = prediction(ds.drop_vars([v for v in ds if str(v).endswith("_batch")]))
+    assert_allclose(bare.measured_se[:6], se[:6, 2])
+    assert_allclose(bare.reach, prediction(ds).reach)
+    assert np.isnan(bare.reach_low).all()

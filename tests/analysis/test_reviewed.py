@@ -11,7 +11,7 @@ from torch import nn
 import hoanalysis as ho
 from hoanalysis.analysis.autopsy import autopsy
 from hoanalysis.analysis.example import example
-from hoanalysis.errors import SchemaError
+from hoanalysis.errors import HoError, SchemaError
 
 from .trajectory import Cubic, series, train
 
@@ -94,3 +94,44 @@ def test_a_verdict_does_not_clear_what_it_could_not_read():
     assert (
         autopsy(ds["to:next"]).verdict[0].startswith("No step broke the run. Learning rates and momentum were not read")
     )
+
+
+def renamed(ds, *labels):
+    return ds.assign_coords({d: [*labels, *ds.group.values[len(labels) :]] for d in ("group", "group2", "group3")})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda one, ds: one.ho.compare(one.isel(group=0)),
+        lambda one, ds: one.ho.compare(one.isel(group=[0, 1])),
+        lambda one, ds: one.rename(group="g").ho.learning_rates(),
+        lambda one, ds: one.rename(group2="h").ho.interactions(),
+        lambda one, ds: one.rename(group="g").ho.findings(),
+        lambda one, ds: ds.rename(step="epoch").ho.findings(),
+        lambda one, ds: xr.Dataset().ho.findings(),
+        lambda one, ds: one.ho.learning_rates("ridge", "1"),
+        lambda one, ds: one.ho.learning_rates("ridge", -1),
+        lambda one, ds: one.ho.taylor("1"),
+        lambda one, ds: one.ho.taylor({"layer0.weight": "a"}),
+        lambda one, ds: one.ho.taylor(1.0, True),
+        lambda one, ds: one.ho.taylor_step(share="a"),
+        lambda one, ds: one.ho.compare(one, step="foo"),
+        lambda one, ds: one.ho.suggest_partition(2, within=3),
+        lambda one, ds: one.ho.suggest_partition(2, epsilon=-1),
+        lambda one, ds: one.ho.interactions("3"),
+        lambda one, ds: renamed(one, "a", "a").ho.interactions(),
+        lambda one, ds: renamed(one, "a", "a").ho.merge({"b": ["a"]}),
+        lambda one, ds: one.ho.compare(renamed(one, "a", "a")),
+        lambda one, ds: ds.isel(step=slice(None, None, -1)).ho.findings(),
+    ],
+)
+def test_what_a_user_gets_wrong_is_an_error_in_his_words(call):
+    with pytest.raises(HoError):
+        call(example(), example(steps=3))
+
+
+def test_a_group_that_stands_still_is_not_blamed_where_its_gradient_is_unknown():
+    found = autopsy(series(Cubic(), train(Cubic(), 12, rates=[0.02, 0.02, 0.02, 0.0], momentum=0.0))["to:next"])
+    assert not found.suspects["alarm"].any()
+    assert "whether it has a gradient was not computed" in "\n".join(found.suspects["statement"])

@@ -55,8 +55,11 @@ def test_the_sentence():
     ].itertuples()
     assert row.says == (
         "needs about 3.20 times as many batches (26 in all) to settle the sign of "
-        "D2 of ('layer0.weight', 'layer0.bias')."
+        "D2 of ('layer0.weight', 'layer0.bias'). "
+        "The errors leave out what the data do through u, so that it takes more."
     )
+    fixed = unsettled(ds.assign_attrs(direction="weights"))  # u does not move with the data
+    assert not fixed["says"].str.contains("leave out").any()
     ds.D2[0, 1] = ds.D2[1, 0] = 0.0
     frame = unsettled(ds.drop_vars("n_batches"))
     row = frame[(frame.quantity == "D2") & (frame.group == "layer0.weight") & (frame.group2 == "layer0.bias")].iloc[0]

@@ -120,3 +120,30 @@ def test_other_datasets_are_refused():
         update_rule(ds["to:next"], ds["gradient"].isel(step=slice(2)))
     with pytest.raises(ArgumentError, match="needs a series"):
         update_rule(ds["to:next"], ds["gradient"].isel(step=0))
+
+
+def test_a_schedule_that_changes_every_step_is_divided_out():
+    """PyTorch's SGD, u' = -a' v' with v' = mu v + g, at a rate that falls by 5 % a step: exact on full batches."""
+    model, momentum, factors = Cubic(), 0.6, np.array([1.0, 3.0, 1.0, 0.5])
+    rates = 0.03 * 0.95 ** np.arange(12)
+    x, v, points = np.full(len(OWNER), 0.5), np.zeros(len(OWNER)), []
+    for rate in rates:
+        points.append(x)
+        v = momentum * v + factors[OWNER] * model.gradient(x)
+        x = x - rate * v
+    log = pd.DataFrame({"step": np.arange(12), "learning_rate": rates})
+    ds = series(model, points)["to:next"]
+    assert [c.positions for c in chains(ds, log)] == [tuple(range(11))]
+    found = rule(model, points, log=log).isel(chain=0)
+    assert_allclose(found.momentum, momentum, atol=1e-6)
+    plain = rule(model, points).isel(chain=0)
+    assert abs(plain.momentum - momentum) > 0.01
+    assert_allclose(found.learning_rates, factors * rates[:11].mean(), rtol=1e-5)
+
+
+def test_rates_on_few_samples_carry_a_warning():
+    model = Cubic()
+    ds = series(model, train(model, 8))
+    assert "on more data" in update_rule(ds["to:next"], ds["gradient"]).attrs["status"]
+    many = ds["gradient"].assign_attrs(n_samples=512)
+    assert update_rule(ds["to:next"], many).attrs["status"] == ""
