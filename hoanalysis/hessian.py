@@ -35,7 +35,7 @@ def curvature(
     problem: Problem,
     *,
     checkpoint: Checkpoint | Run | str | Path | Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     max_batches: int | None = None,
     include_frozen: bool = False,
     probes: int = 30,
@@ -51,7 +51,7 @@ def curvature(
     checkpoint
         Weights to put in the model's place, as for `summarize`; a `Run` gives a Dataset over ``step``.
     dtype
-        Of the products; None is the model's. Vectors and sums are float64.
+        Of the products, ``"float32"`` or ``"float64"``; None is the model's. Vectors and sums are float64.
     probes
         Hessian-vector products for the trace, a third each for the three parts of Hutch++ (Meyer, Musco, Musco and
         Woodruff 2020, algorithm 1): tr(Q'HQ) + (3/m) tr(G'(1-QQ')H(1-QQ')G), Q an orthonormal basis of H times random
@@ -81,11 +81,14 @@ def curvature(
         return xr.concat(
             each, xr.Variable("step", list(checkpoint.steps), {"long_name": "training step", "units": "1"})
         )
+    if isinstance(dtype, str) and dtype not in ("float32", "float64"):
+        raise ArgumentError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
     if probes < 3 or max_products < 1 or not tolerance > 0:
         raise ArgumentError("curvature needs probes >= 3, max_products >= 1 and a tolerance above 0")
     loaded = load_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     weights = None if loaded is None else problem.fitted(loaded)
-    state = problem.state(weights, dtype=dtype, include_frozen=include_frozen)
+    kind = {"float32": torch.float32, "float64": torch.float64}[dtype] if isinstance(dtype, str) else dtype
+    state = problem.state(weights, dtype=kind, include_frozen=include_frozen)
     problem.check_deterministic(state)
     hessian = Hessian(problem, state, max_batches, lambda it: tqdm(it, "products", disable=not progress, leave=False))
     rng = np.random.default_rng(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ from IPython.display import HTML
 
 from hoanalysis import schema
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
-from hoanalysis.analysis.prediction import NEXT, single_steps
+from hoanalysis.analysis.coarsen import fewest, suggest_partition
+from hoanalysis.analysis.contributions import TIMES
+from hoanalysis.analysis.findings import pm
+from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
+from hoanalysis.analysis.update_rule import update_rule
+from hoanalysis.analysis.verdict import Break
 
 LONGEST_CELL, LONGEST_LINE = 300, 1000  # characters
 
@@ -33,9 +38,19 @@ def readable(text: str, width: int | None = None) -> str:
     return seen[: width // 2] + "…" + seen[len(seen) - (width - 1) // 2 :]
 
 
-def bullets(lines: Sequence[str]) -> HTML:
-    """Sentences as a list."""
-    return HTML("<ul>" + "".join(f"<li>{_line(readable(line))}</li>" for line in lines) + "</ul>")
+def bullets(lines: Sequence[str], strong: Sequence[str] = ()) -> HTML:
+    """Sentences as a list, those that are in ``strong`` as well in bold type."""
+    items = [(_line(readable(line)), line in strong) for line in lines]
+    return HTML("<ul>" + "".join(f"<li>{f'<b>{text}</b>' if bold else text}</li>" for text, bold in items) + "</ul>")
+
+
+def advice(statuses: Iterable[xr.DataArray]) -> HTML:
+    """The ``status`` of a verb at checkpoints, a line for each of its sentences, with the step in front."""
+    lines = []
+    for status in statuses:
+        where = f"Step {status[schema.STEP].item()}: " if schema.STEP in status.coords else ""
+        lines += [where + line for line in str(status.item()).split("\n")]
+    return bullets(lines)
 
 
 def _line(text: str) -> str:
@@ -64,6 +79,75 @@ def autopsy_of(along: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> Aut
     if ds is None or schema.STEP not in ds.dims or not {"D1", "D2"} <= set(ds.data_vars) or not single_steps(ds):
         return None
     return autopsy(ds, gradient=along.get("gradient"), weights=along.get("weights"), log=log)
+
+
+def rule_of(along: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> xr.Dataset | None:
+    """`update_rule` of the run; None without the directions ``to:next`` and ``gradient``, or single steps."""
+    steps, gradient = along.get(NEXT), along.get("gradient")
+    if autopsy_of(along, None) is None or steps is None or gradient is None:
+        return None
+    return update_rule(steps, gradient, along.get("weights"), log)
+
+
+def momentum_of(rule: xr.Dataset | None, log: pd.DataFrame | None) -> float | pd.DataFrame | None:
+    """The momentum for the edge of stability: the log where it has the column, else that of the best known chain."""
+    if log is not None and "momentum" in log:
+        return log
+    if rule is None or not np.isfinite(rule["momentum"]).any():
+        return None
+    best = int(np.nanargmin(np.where(np.isfinite(rule["momentum"]), rule["momentum_se"], np.nan)))
+    return float(np.clip(rule["momentum"].values[best], 0.0, 1.0))
+
+
+def within_table(steps: xr.Dataset, broke: Break | None) -> pd.DataFrame:
+    """How many steps each order predicts within 10 % of the measured change, before and after the break apart.
+
+    Steps of training, or all moves between checkpoints where no two are one step apart; median |unexplained| beside.
+    """
+    told = prediction(steps).isel({schema.STEP: single_steps(steps)})
+    told = told.isel({schema.STEP: np.flatnonzero(np.isfinite(told["measured"].values))})
+    at = np.asarray(told[schema.STEP].values, float)
+    parts = {"all steps": at == at}
+    if broke is not None:
+        parts = {f"before step {broke.step:g}": at < broke.step, f"from step {broke.step:g} on": at >= broke.step}
+    columns = {}
+    for name, part in parts.items():
+        some = told.isel({schema.STEP: np.flatnonzero(part)})
+        if not some.sizes[schema.STEP]:
+            continue
+        within, left = (some[n].transpose("order", schema.STEP).values for n in ("within", "unexplained"))
+        n = within.shape[1]
+        columns[f"{name}: within 10 %"] = [f"{int(row.sum())} of {n}" for row in within]
+        columns[f"{name}: median |unexplained|"] = np.median(np.abs(left), axis=1)
+    return pd.DataFrame(columns, index=pd.Index([f"order {d}" for d in told["order"].values]))
+
+
+def suggested(ds: xr.Dataset) -> pd.DataFrame:
+    """`suggest_partition` with as many groups as there are layers: a row for each, and what it keeps above them."""
+    layers = len(set(ds["layer"].values.tolist())) if "layer" in ds.coords else 0
+    wanted = min(max(layers, 2, fewest(ds)), ds.sizes[schema.GROUP])
+    found = suggest_partition(ds, wanted)
+    kept = pm(found.kept, found.kept_se, percent=True)
+    rows = {name: ", ".join(members) for name, members in found.items()}
+    return pd.Series(rows, name=f"{len(found)} groups keep {kept} of the gain of a step").to_frame()
+
+
+def together(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns ``group``, ``group2``, .. as one, named as in figures; layers left out."""
+    groups = [c for c in frame.columns if str(c).startswith(schema.GROUP)]
+    names = [TIMES.join(g for g in map(str, row) if g) for row in frame[groups].to_numpy(object)]
+    rest = frame.drop(columns=[c for c in frame.columns if str(c).startswith("layer")] + groups)
+    rest.insert(0, "groups", names)
+    return rest
+
+
+def with_errors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns ``x`` and ``x_se`` as one, in words."""
+    told = frame.copy()
+    for name in [c for c in frame.columns if f"{c}_se" in frame.columns]:
+        told[name] = [pm(v, se) for v, se in frame[[name, f"{name}_se"]].to_numpy(float)]
+        told = told.drop(columns=f"{name}_se")
+    return told
 
 
 def rule_table(rule: xr.Dataset) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 Every one works without further arguments. Nothing is shown or kept open: see `style.axes`.
 """
 
-from hoanalysis.plots.autopsy import prediction, waterfall
+from hoanalysis.plots.autopsy import contributions, prediction, waterfall
 from hoanalysis.plots.dots import differences, learning_rates, regularizer, taylor_step, unsettled
 from hoanalysis.plots.heatmaps import blocks, change, errors, matrix, third
 from hoanalysis.plots.lines import curvature, loss, merging, pairs, spectrum, taylor, trajectories, triples
@@ -14,6 +14,7 @@ from hoanalysis.plots.weights import flatness, laplace, reinitialization, salien
 __all__ = [
     "blocks",
     "change",
+    "contributions",
     "curvature",
     "differences",
     "errors",

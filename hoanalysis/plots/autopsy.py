@@ -8,10 +8,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
+from hoanalysis.analysis.contributions import PATH
 from hoanalysis.analysis.prediction import NEXT
 from hoanalysis.analysis.prediction import prediction as predicted
+from hoanalysis.analysis.verdict import break_of
 from hoanalysis.errors import HoError
 from hoanalysis.plots import style
+from hoanalysis.plots.dots import legend, rows
 
 UP, DOWN, WHOLE = "#b2182b", "#2166ac", "0.35"  # the ends of the paper's legend: red raises the loss, blue lowers it
 
@@ -61,6 +64,46 @@ def waterfall(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None, top: 
     return ax
 
 
+def did(found: Autopsy) -> pd.DataFrame:
+    """``group, quantity, value, se``: what each group did to the loss, those first that raised it most.
+
+    By the path where the slopes along the step were measured, with the errors of sample and quadrature, and beside it
+    by the polynomial, whose errors leave out what it leaves out.
+    """
+    shares = found.shares
+    cut = f"Taylor polynomial of order {found.shares_order}"
+    columns = {cut: (shares["polynomial"], shares["polynomial_se"])}
+    if found.shares_by == PATH:
+        error = pd.Series(np.hypot(shares["share_se"].fillna(0), shares["left_out"]), index=shares.index)
+        columns = {"gradients along the step": (shares["share"], error), **columns}
+    parts = [
+        pd.DataFrame({"group": shares["group"], "quantity": name, "value": value, "se": se})
+        for name, (value, se) in columns.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def contributions(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None) -> Axes:
+    """What each group did to the loss over one step of training, with 2 standard errors.
+
+    Where the gradients along the step were measured (``measure=("path",)``) their integral, which leaves nothing out
+    and sums to the measured change; beside it the Taylor polynomial, whose bars do not hold what it leaves out. ``ds``
+    and ``step`` as for `waterfall`.
+    """
+    try:
+        found = autopsy(ds, step)
+    except HoError as reason:
+        if step is not None:
+            raise
+        return style.nothing(style.axes(ax, 8.5, 2.0), f"no autopsy: {reason.what}")
+    ax = rows(did(found), ax, by="quantity")
+    ax.axvline(0, color="0.7", lw=0.8, zorder=0)
+    missing = "" if found.shares_by == PATH else "\nthe bars leave out what the polynomial leaves out"
+    ax.set_xlabel(f"change of the loss by the group [loss], bars: 2 standard errors{missing}")
+    ax.set_title(f"What each group did in the step from {found.step:g} to {found.to_step:g}", fontsize="medium")
+    return legend(ax)
+
+
 def changes(ds: xr.Dataset) -> pd.DataFrame:
     """``step, spans, quantity, value, se``: the measured change of the loss of each step, and the predictions."""
     told = predicted(ds)
@@ -108,6 +151,7 @@ def prediction(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     if ax.get_yscale() == "linear" and high > low:  # a prediction that explodes does not hide what was measured
         ax.set_ylim(low - (high - low), high + (high - low))
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
+    _mark_break(ax, ds, frame.loc[frame["quantity"] == "measured", "step"].to_numpy(float), at)
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize="small")
     ax.set_xlabel("step (those that follow each other are joined)")
     ax.set_ylabel("change of the loss [loss]")
@@ -116,6 +160,14 @@ def prediction(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.set_axisbelow(True)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small", frameon=False)
     return ax
+
+
+def _mark_break(ax: Axes, ds: xr.Dataset, steps: np.ndarray, at: np.ndarray) -> None:
+    """A line in front of the first step of the climb: what is predicted before says nothing of what came after."""
+    broke = break_of(ds) if "step" in ds.dims else None
+    if broke is not None and float(broke.step) in steps:
+        place = float(at[int(np.flatnonzero(steps == float(broke.step))[0])])
+        ax.axvline(place - 0.5, color=UP, lw=1, ls=":", label=f"broke at step {broke.step:g}")
 
 
 def _side_by_side(part: pd.DataFrame, most: int = 10) -> tuple[np.ndarray, dict[float, str]]:

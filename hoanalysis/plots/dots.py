@@ -64,7 +64,7 @@ def _gain(one: xr.Dataset) -> str:
 
 
 def unsettled(ds: xr.Dataset, ax: Axes | None = None, *, step: Any = None, top: int = 20) -> Axes:
-    """How many times as many batches would settle the signs that are open, the nearest to being settled first.
+    """How many times as many batches would settle the signs of D1, D2 and the learning rates, the nearest first.
 
     k = (2 se / x)^2 at one checkpoint (`analysis.unsettled`); along the gradient the words below say of which errors.
     """
@@ -151,13 +151,14 @@ def regularizer(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
 def rows(frame: pd.DataFrame, ax: Axes | None, by: str = "step") -> Axes:
     """Dots with error bars, one row per group, one colour per step or per value of another column."""
     groups, note = _shown(frame)
-    ax = style.axes(ax, 7.5, 1.5 + 0.27 * max(len(groups), 3))
     series = list(frame[by].unique())
+    apart = min(0.28, 0.84 / len(series))  # the series of a group stay within its row
+    ax = style.axes(ax, 7.5, 1.5 + 0.27 * max(len(groups), 3) * max(1.0, 0.4 * len(series)))
     values = frame["value"].to_numpy(float)
     style.signed_axis(ax, "x", values)
     for k, name in enumerate(series):
         part = frame[frame[by] == name].set_index("group").loc[groups]
-        y = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * 0.28
+        y = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * apart
         label = f"step {name}" if by == "step" else str(name)
         bars = (style.BAND * part["se"].fillna(0)).to_numpy(float)
         finite = np.isfinite(part["value"].to_numpy(float))

@@ -123,8 +123,9 @@ def labels_of(frame: pd.DataFrame) -> list[str]:
 
 
 def open_signs(ds: xr.Dataset, step: Any, top: int) -> pd.DataFrame:
-    """``label, quantity, times`` of the entries whose sign is not settled at one checkpoint, the nearest first."""
+    """``label, quantity, times`` of the entries of D1, D2 and the rates whose sign is open, the nearest first."""
     frame = unsettled(at_step(ds, step))
+    frame = frame[frame["quantity"].isin(("D1", "D2", "learning_rates"))]
     frame = frame[np.isfinite(frame["times"])].sort_values("times", kind="stable").head(top)
     columns = {"label": labels_of(frame), "quantity": frame["quantity"], "times": frame["times"]}
     return pd.DataFrame(columns).reset_index(drop=True)
@@ -162,7 +163,8 @@ def removal(ds: xr.Dataset, step: Any = None) -> pd.DataFrame:
     found = saliency(one)
     names = {"obd": "removed alone (OBD)", "measured": "removed alone, measured", "obs": "others rescaled (OBS)"}
     parts = [by_group(one, text, found[n], found[f"{n}_se"]) for n, text in names.items() if n in found]
-    return pd.concat(parts, ignore_index=True)
+    some = [part for part in parts if part["value"].notna().any()]  # OBS has no minimum to go to, say: the status tells
+    return pd.concat(some or parts, ignore_index=True)
 
 
 def sharpness(ds: xr.Dataset) -> pd.DataFrame:
@@ -276,7 +278,10 @@ def hessian_of(ds: xr.Dataset, hessian: xr.Dataset | None = None) -> xr.Dataset 
     if hessian is not None:
         return hessian
     stored = {str(n): str(n).removeprefix(schema.HESSIAN) for n in ds.data_vars if str(n).startswith(schema.HESSIAN)}
-    return ds[list(stored)].rename(stored) if stored else None
+    if not stored:
+        return None
+    own = ds[list(stored)]  # without the coordinates of the summaries, whose names it may share: n_batches
+    return own.drop_vars([c for c in own.coords if c != schema.STEP]).rename(stored)
 
 
 def extremes(ds: xr.Dataset, hessian: xr.Dataset | None = None) -> pd.DataFrame:

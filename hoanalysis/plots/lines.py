@@ -54,6 +54,9 @@ def pairs(ds: xr.Dataset, ax: Axes | None = None, *, top: int = PAIRS, quantity:
     names = [TIMES.join(style.text(g, 24) for g in row) for row in frame[["group", "group2"]].values.tolist()]
     frame = frame.assign(pair=names, value=frame[quantity], se=frame[f"{quantity}_se"])
     _family(ax, frame, "pair", linear=quantity == "scale_free")
+    low, high = frame["value"].min(), frame["value"].max()
+    if quantity == "scale_free" and high > low:  # a wide band does not flatten the lines
+        ax.set_ylim(min(low, 0.0) - 0.3 * (high - low), max(high, 0.0) + 0.3 * (high - low))
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     unit = "H-bar$_{st}$ / |H-bar$_{ss}$ H-bar$_{tt}$|$^{1/2}$ [no unit]" if quantity == "scale_free" else "D2 [loss]"
     return _finish(ax, unit, f"The {frame['pair'].nunique()} strongest pairs of groups", frame)

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -180,7 +181,8 @@ def _through(x: Array, y: Array) -> Callable[[Any], Array]:
 
 def nothing(ax: Axes, message: str) -> Axes:
     """Say in the axes why there is nothing to see."""
-    ax.text(0.5, 0.5, message, ha="center", va="center", transform=ax.transAxes, color="0.3", wrap=True)
+    lines = "\n".join(textwrap.wrap(message, 52))
+    ax.text(0.5, 0.5, lines, ha="center", va="center", transform=ax.transAxes, color="0.3")
     ax.set_xticks([])
     ax.set_yticks([])
     return ax

@@ -27,11 +27,13 @@ PAGE = "index.html"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
-img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
+img { max-width: 100%; height: auto; margin-top: .6rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
-td, th { padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5;
-text-align: right; } th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
-li, h1, h2, pre { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; max-width: 24em; }
+td, th { padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
+td:last-child:not(:nth-child(-n+3)) { text-align: left; }
+nav { font-size: 14px; line-height: 1.9; margin: 1.5rem 0; padding: .5rem .8rem; background: #f6f6f6; }
+th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
+li, h1, h2, pre { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; max-width: 24em; min-width: 3em; }
 .long { max-height: 12em; overflow-y: auto; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 1rem 1.2rem; margin: 1rem 0; }
 .card h2 { margin-top: 0; border: none; } .card pre { white-space: pre-wrap; background: none; padding: 0; }
@@ -64,7 +66,25 @@ def page(executed: nbformat.NotebookNode, title: str) -> str:
     exporter = HTMLExporter(config=config, template_name="basic", exclude_input=True, exclude_input_prompt=True,
                             exclude_output_prompt=True, embed_images=True)  # fmt: skip
     body, _ = exporter.from_notebook_node(executed)
-    return _whole(title, body)
+    return _whole(title, _with_contents(body))
+
+
+_SECTION = re.compile(r"<h2([^>]*)>(.*?)</h2>", re.DOTALL)
+_ANCHOR_OR_TAG = re.compile(r'<a class="anchor-link".*?</a>|<[^>]*>', re.DOTALL)
+
+
+def _with_contents(body: str) -> str:
+    """A line of links to the sections in front of the second one: what was found stands above it."""
+    sections = list(_SECTION.finditer(body))
+    if len(sections) < 4:
+        return body
+    links, pieces, at = [], [], 0
+    for k, section in enumerate(sections):
+        links.append(f'<a href="#section-{k}">{_ANCHOR_OR_TAG.sub("", section[2]).strip()}</a>')
+        pieces += [body[at : section.start()], f'<h2 id="section-{k}">{section[2]}</h2>']
+        at = section.end()
+    pieces.insert(3, f"<nav>{' · '.join(links[1:])}</nav>\n")  # behind all that belongs to the first section
+    return "".join([*pieces, body[at:]])
 
 
 def index_page(outcomes: Sequence[Outcome]) -> str:

@@ -26,6 +26,7 @@ from hoanalysis.reports.execute import (
     failed_copy,
     prepare,
 )
+from hoanalysis.reports.hessians import hessians
 from hoanalysis.reports.output import make_folder, refuse_unusable, write_whole
 from hoanalysis.reports.pages import PAGE, index_page, page
 from hoanalysis.store import Store, export
@@ -272,6 +273,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
     make_folder(outcome.folder)
     exported: dict[Path, xr.Dataset] = {}
     with Store.open(outcome.folder / STORE, mode="w") as store:
+        beside = _hessians(spec, run, problem, store, outcome, progress, say)
         for k, work in enumerate(works):
             plan = work.plan(work.steps(run), series=True)
             for line in store.register(work.name, plan):
@@ -283,13 +285,27 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
             except Exception as error:
                 outcome.error = outcome.error or (error if isinstance(error, HoError) else _unexpected(error))
             there = outcome.present
-            ds = _assembled(plan, store, outcome)
+            ds = _assembled(plan, store, outcome).assign(beside)
             path = outcome.folder / (DATASET if k == 0 else f"summaries-{work.name}.nc")
             if outcome.present > there or outcome.error is None:  # else the last good file stays
                 export(ds, path)
                 exported[path] = ds
     say(f"{outcome.name}: {_computed(outcome)}")
     return exported
+
+
+def _hessians(
+    spec: StudySpec, run: Any, problem: Any, store: Store, outcome: Outcome, progress: bool, say: Say
+) -> dict[str, xr.DataArray]:
+    """The curvature of the full Hessian, for every Dataset of the study; nothing where it does not ask for it."""
+    options = spec.curvature()
+    if options is None:
+        return {}
+    found, computed, failed = hessians(run, problem, store, options, progress)
+    outcome.error = outcome.error or failed
+    if computed:
+        say(f"{outcome.name}: computed the curvature of {computed} checkpoints")
+    return {str(name): array for name, array in found.data_vars.items()}
 
 
 def _refuse_unfitting(run: Any, work: Any) -> None:

@@ -67,3 +67,11 @@ def test_laplace_beside_independent_layers():
 def test_other_directions_are_told_what_is_needed(name):
     (text,) = getattr(plots, name)(example()).texts
     assert text.get_text() == "this needs summaries along the direction 'weights'"
+
+
+def test_a_score_that_no_group_has_is_left_out():
+    ds = weights()
+    ds["D2"] = -abs(ds.D2)  # the others have no minimum to go to
+    assert np.isnan(saliency(ds).obs).all()
+    shown = drawn(plots.saliency(ds))
+    assert list(shown) == ["removed alone (OBD)"]
