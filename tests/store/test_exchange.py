@@ -160,7 +160,7 @@ def test_flipped_bits_in_the_numbers_of_an_export_are_errors(tmp_path: Path) -> 
         data = bytearray(whole)
         data[place] ^= 1
         path.write_bytes(data)
-        with pytest.raises(StoreError, match="this netCDF cannot be read: it is damaged"):
+        with pytest.raises(StoreError, match="this netCDF is damaged: its digest"):
             open_dataset(path)
 
 
