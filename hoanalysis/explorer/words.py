@@ -59,7 +59,7 @@ def _unsettled(view: View) -> str:
     assert view.whole is not None
     shown = view.whole
     known = np.isfinite(shown.values) & np.isfinite(shown.errors)
-    once = np.triu(known) if known.ndim == 2 else known
+    once = np.triu(known) if known.ndim == 2 and shown.rows == shown.columns else known
     if not once.any():
         return "No standard errors are kept." if np.isfinite(shown.values).any() else ""
     doubtful = int((once & ~shown.settled).sum())

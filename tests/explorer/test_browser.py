@@ -1,0 +1,259 @@
+"""A real JupyterLab in a real browser: what a click changes, picture and sentence, to the right numbers.
+
+Skipped where there is no Chromium, unless ``HOANALYSIS_REQUIRE_BROWSER`` says that there has to be one.
+"""
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+from matplotlib.colors import Normalize
+from PIL import Image
+
+import hoanalysis as ho
+from hoanalysis.analysis.example import example
+from hoanalysis.store import export
+from tests.explorer.test_views import colours
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REQUIRED = bool(os.environ.get("HOANALYSIS_REQUIRE_BROWSER"))
+PATIENCE = 120_000  # ms
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not CHROMIUM and not REQUIRED, reason="needs a Chromium browser on the PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def ds():
+    return example(layers=3, size=3, steps=4)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, ds):
+    """The address of a JupyterLab with a token of its own, on explore.ipynb with the path of a Dataset filled in."""
+    assert CHROMIUM, "HOANALYSIS_REQUIRE_BROWSER is set, and there is no Chromium"
+    root = tmp_path_factory.mktemp("lab")
+    path = export(ds, root / "run.nc")
+    notebook = nbformat.read(ROOT / "notebooks" / "explore.ipynb", as_version=4)
+    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source = f"path = {str(path)!r}\nstore = None"
+    nbformat.write(notebook, root / "explore.ipynb")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    settings = root / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
+    own = {n: str(root / n.lower()) for n in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=secret",
+               f"--ServerApp.root_dir={root}"]  # fmt: skip
+    with (root / "log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/api?token=secret", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (root / "log").read_text()
+                time.sleep(0.2)
+        yield f"{address}/lab/tree/explore.ipynb?token=secret", root / "explore.ipynb"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1500, "height": 1500})
+        page.set_default_timeout(PATIENCE)
+        page.goto(lab[0])
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        run_all(page)
+        try:
+            page.wait_for_selector(".ho-live .ho-sentence")
+            sentence_with(page, "Step 30")
+        except Exception:
+            page.screenshot(path=str(lab[1].with_name("failed.png")))
+            raise
+        yield page
+        browser.close()
+
+
+def menu(page, title, command):
+    page.locator(".lm-MenuBar-itemLabel", has_text=title).first.click()
+    page.locator(f'.lm-Menu-item[data-command="{command}"]').click()
+
+
+def run_all(page):
+    """Run all cells; again where JupyterLab was asked before its kernel was connected, which it then forgets."""
+    from playwright.sync_api import TimeoutError
+
+    for _ in range(10):
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        menu(page, "Run", "runmenu:run-all")
+        try:
+            code = "() => /[0-9*]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText)"
+            page.wait_for_function(code, timeout=5000)
+            return
+        except TimeoutError:
+            continue
+
+
+def sentence_with(page, *words) -> str:
+    wanted = json.dumps(list(words))
+    page.wait_for_function(
+        f"{wanted}.every(w => document.querySelector('.ho-sentence')?.innerText.includes(w))", timeout=PATIENCE
+    )
+    return page.inner_text(".ho-sentence")
+
+
+def picture(page) -> bytes:
+    """The bytes of the matrix that the browser shows."""
+    code = """async () => {
+        const blob = await (await fetch(document.querySelector('.ho-live img').src)).arrayBuffer();
+        return Array.from(new Uint8Array(blob)); }"""
+    return bytes(page.evaluate(code))
+
+
+def shows(page, values):
+    """The picture shows these numbers, by the colours of its cells (a linear scale)."""
+    top = np.abs(values).max()
+    expected = matplotlib.colormaps["RdBu_r"](Normalize(-top, top)(values))[..., :3] * 255
+    end = time.monotonic() + 60
+    while True:
+        seen = colours(picture(page))
+        if seen.shape == expected.shape and np.abs(seen - expected).max() <= 2:
+            return
+        assert time.monotonic() < end, (seen.shape, expected.shape)
+        time.sleep(0.2)
+
+
+def strongest(matrix, errors, names) -> str:
+    """The strongest pair in words, found here by other means."""
+    size = np.abs(np.asarray(matrix, float)) * (1 - np.eye(len(names)))
+    i, j = sorted(np.unravel_index(size.argmax(), size.shape))
+    return f"{names[i]} × {names[j]}: {float(matrix[i, j]):.4g} ± {float(errors[i, j]):.2g}"
+
+
+def test_every_control_changes_picture_and_sentence_to_the_right_values(page, ds):
+    page.get_by_label("colours").select_option("linear")
+    names = ds.group.values.tolist()
+    last = ds.sel(step=30)
+    sentence_with(page, "Step 30", strongest(last.D2.values, last.D2_se.values, names))
+    shows(page, last.D2.values)
+
+    handle = page.locator(".ho-live .noUi-handle").first
+    handle.focus()
+    for step in (20, 10):
+        handle.press("ArrowLeft")
+        one = ds.sel(step=step)
+        sentence_with(page, f"Step {step}", strongest(one.D2.values, one.D2_se.values, names))
+        shows(page, one.D2.values)
+
+    one = ds.sel(step=10)
+    page.get_by_role("button", name="3", exact=True).click()
+    told = sentence_with(page, "D3, slice of")
+    at = names.index(told.split("slice of ")[1].split(" [")[0])
+    assert strongest(one.D3.values[:, :, at], one.D3_se.values[:, :, at], names).split(":")[1] in told
+    shows(page, one.D3.values[:, :, at])
+
+    page.get_by_role("button", name="2", exact=True).click()
+    page.get_by_label("groups").select_option("by layer")
+    layers = np.kron(np.eye(3), np.ones((1, 2)))
+    sums = layers @ one.D2.values @ layers.T
+    sentence_with(page, "3 groups, by layer", f"{np.abs(sums - np.diag(np.diag(sums))).max():.4g}")
+    shows(page, sums)
+
+    page.get_by_label("groups").select_option("as stored")
+    page.get_by_label("block").select_option("WB")
+    block = one.D2.values[::2, 1::2]
+    sentence_with(page, "block WB", "of 9 entries")
+    shows(page, block)
+
+    page.get_by_label("block").select_option("all")
+    page.get_by_label("show").select_option("inverse")
+    inverse = np.linalg.inv(one.D2.values)
+    sentence_with(page, "inverse of the pseudo-Hessian", f"{np.abs(np.triu(inverse, 1)).max():.4g}")
+    shows(page, inverse)
+    page.locator(".ho-live .lm-TabBar-tab", has_text="Taylor").click()
+    page.get_by_role("button", name="Export").click()
+    page.wait_for_selector(".ho-code")
+    figure = eval(page.inner_text(".ho-code"), {"ho": ho})
+    assert len(figure.axes) >= 4
+    if shots := os.environ.get("HOANALYSIS_SCREENSHOTS"):
+        page.screenshot(path=str(Path(shots) / "explorer.png"))
+
+
+def test_the_saved_notebook_shows_the_last_view_without_widgets(page, lab):
+    """Hidden behind the live explorer; seen once the kernel and its widgets are gone, and in nbconvert's page."""
+    static = page.locator(".jp-OutputArea-child:has(.ho-live) + .jp-OutputArea-child .jp-RenderedImage")
+    assert static.count() == 1
+    assert not static.is_visible()
+    said = page.inner_text(".ho-sentence").split(". ")[0]
+    end = time.monotonic() + 90
+    while True:
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+s")
+        time.sleep(1.0)
+        cells = nbformat.read(lab[1], as_version=4).cells
+        outputs = [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        if outputs and said in outputs[0]["data"]["text/plain"]:
+            break
+        assert time.monotonic() < end, [o["data"]["text/plain"] for o in outputs]
+    assert outputs[0]["metadata"]["image/png"]["alt"] == outputs[0]["data"]["text/plain"]
+    saved = nbformat.read(lab[1], as_version=4)
+    assert "widgets" not in saved.metadata
+
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter().from_notebook_node(saved)
+    assert html.count("<img") == 1
+    assert "VBox(" not in html
+    assert "widget-view" not in html
+
+    page.goto(lab[0] + "&reset")
+    page.wait_for_selector(".jp-RenderedImage")
+    assert page.locator(".jp-RenderedImage").is_visible()
+    assert page.locator(".ho-live").count() in (0, 1)
+
+
+def test_an_untrusted_notebook_shows_the_picture(page, lab):
+    """Outputs that another user saved are not trusted: no widget, no script, and yet the figure."""
+    other = lab[1].with_name("untrusted.ipynb")
+    notebook = nbformat.read(lab[1], as_version=4)
+    notebook.metadata["signature"] = ""
+    notebook.cells[0].source += "\n\nchanged elsewhere"
+    for cell in notebook.cells:
+        cell.metadata.pop("trusted", None)
+        for output in cell.get("outputs", []):
+            output.setdefault("metadata", {})["elsewhere"] = 1
+    nbformat.write(notebook, other)
+    page.goto(lab[0].replace("explore.ipynb", "untrusted.ipynb") + "&reset")
+    page.wait_for_selector(".jp-RenderedImage img")
+    assert page.locator(".jp-RenderedImage").first.is_visible()
+    image = Image.open(io.BytesIO(bytes(page.evaluate(
+        "async () => Array.from(new Uint8Array(await (await fetch("
+        "document.querySelector('.jp-RenderedImage img').src)).arrayBuffer()))"
+    ))))  # fmt: skip
+    assert image.width > 600
