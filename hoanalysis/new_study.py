@@ -206,6 +206,13 @@ def _inert(text: str) -> str:
 
 
 def _write(target: Path, text: str, force: bool) -> None:
+    if target.exists() and not target.is_file():  # a rename would put a file in the place of a device
+        raise StudyError(
+            "a study file cannot be written here: this is a folder, a pipe or a device",
+            where=shown(target),
+            do="name a file with --to",
+            kept="nothing was written",
+        )
     data, temporary = text.encode(), target.parent / (files.HALF_MADE + files.token())
     try:
         if force:
@@ -268,8 +275,9 @@ diagonal = 3
 # directions = ["gradient"]      # "weights", "random", "to:init", "to:next", "momentum", "adam"
 # partitions = ["canonical"]     # one group a tensor; "layer", "kind", "trivial"
 # keep_batches = 20              # blocks of batches that are kept, for the errors of what is derived
-# measure = ["along", "removed"] # the loss measured along the direction, and with each group moved; "pairs" as well
+# measure = ["along", "removed"] # the loss measured along the direction, and with each group moved; "pairs", "path"
 # errors = "unconditional"       # with what the data do through the gradient; several times slower
+# curvature = {{ max_batches = 4 }} # the full Hessian's extreme eigenvalues and trace, beside 2 / learning rate
 # dtype = "float64"              # the model's own by default
 # memory = "2GiB"
 

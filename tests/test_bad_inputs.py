@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import hoanalysis as ho
 from hoanalysis import cli, summaries
 from hoanalysis.errors import CheckpointError, DataError, HoError, LossError, ModelError
+from hoanalysis.store import export
 from hoanalysis.study import StudySpec
 from tests import bad_inputs
 
@@ -441,3 +442,20 @@ def test_ctrl_c_before_a_command_has_begun_is_a_sentence() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 130, ran.stderr
     assert ran.stderr == "interrupted; nothing was begun\n"
+
+
+def test_a_device_is_never_replaced_by_a_file(study: Path, tmp_path: Path) -> None:
+    """What is written is renamed into its place: a device node would be gone."""
+    pipe = tmp_path / "pipe.nc"
+    os.mkfifo(pipe)
+    for arguments in (
+        ["init", study.parent, "--to", pipe, "--force"],
+        ["init", study.parent, "--to", tmp_path, "--force"],
+    ):
+        result = called(*arguments)
+        no_traceback(result)
+        assert result.exit_code == 1
+        assert "a pipe or a device" in result.output, result.output
+    refused(HoError, lambda: export(summarize(net(), order=1), pipe), "a pipe, a socket or a device")
+    assert pipe.is_fifo()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

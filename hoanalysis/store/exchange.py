@@ -145,6 +145,8 @@ def export(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 
 
 def _write_netcdf(ds: xr.Dataset, target: Path, temporary: Path) -> None:
+    if target.exists() and not target.is_file() and not target.is_dir():  # a rename would replace it
+        raise StoreError("this is a pipe, a socket or a device", where=shown(target), do="choose another path")
     if target.is_dir():
         raise StoreError("there is a folder of this name", where=shown(target), do="choose another path")
     numbers = [str(name) for name, v in ds.variables.items() if v.size and v.ndim and v.dtype.kind in "iuf"]
