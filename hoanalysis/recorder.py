@@ -8,17 +8,16 @@ what is called ``step_*.safetensors`` is whole. Files leave the ring, and stay, 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ _WORDS = {getattr(torch, name): (word, size) for word, (size, name) in DTYPES.it
 ROOM = 2048  # bytes of a header for the facts of a step, whose length changes from step to step
 WINDOW, ENOUGH = 32, 16  # losses that a break is seen against, and how many there must be
 JUMP = 2.0  # times the largest of them
+PARTIAL = ".partial"  # at the end of the name of a file that is being written
 
 
 @dataclass
@@ -58,6 +58,12 @@ class _Layout:
         self.start = -(-(8 + len(self.rest) + ROOM) // 8) * 8
         self.size = self.start + at
 
+    def fits(self, names: Sequence[str], tensors: Sequence[Tensor]) -> bool:
+        return len(names) == len(self.signature) and all(
+            n == name and t.dtype == dtype and t.shape == shape
+            for n, t, (name, dtype, shape) in zip(names, tensors, self.signature, strict=True)
+        )
+
     def header(self, facts: Mapping[str, Any]) -> bytes:
         """The first bytes of a file, padded to a length that is the same for all steps."""
         told = json.dumps({"training": json.dumps(facts)}).encode()
@@ -67,12 +73,53 @@ class _Layout:
         return (self.start - 8).to_bytes(8, "little") + text.ljust(self.start - 8)
 
 
+class _Sources:
+    """The tensors of a model and its optimizer, found again each step without walking through the model.
+
+    A module keeps its tensors in dictionaries of its own, and so does the optimizer for each parameter: as long as
+    these dictionaries are the same and have as many entries, what they hold under the known names is what is trained.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._holders: list[tuple[Mapping[Any, Any], int]] = []
+        self._places: list[tuple[Mapping[Any, Any], Any]] = []
+        self.names: list[str] = []
+
+    def tensors(self) -> list[Tensor]:
+        """In the order of ``names``."""
+        if not self._holders or any(len(holder) != n for holder, n in self._holders):
+            self._find()
+        return [holder[key] for holder, key in self._places]
+
+    def _find(self) -> None:
+        found: dict[str, tuple[Mapping[Any, Any], Any]] = {}
+        self._holders = [(self.model._modules, len(self.model._modules))]
+        parameters: dict[int, str] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            dot = f"{prefix}." if prefix else ""
+            for holder in (module._parameters, module._buffers):
+                self._holders.append((holder, len(holder)))
+                for key, value in holder.items():
+                    if isinstance(value, Tensor) and key not in module._non_persistent_buffers_set:
+                        found[dot + key] = (holder, key)
+                        parameters.setdefault(id(value), dot + key)
+        if self.optimizer is not None:
+            self._holders.append((self.optimizer.state, len(self.optimizer.state)))
+            for p, states in self.optimizer.state.items():
+                self._holders.append((states, len(states)))
+                for key, value in states.items():
+                    if isinstance(value, Tensor) and id(p) in parameters:
+                        found[f"optimizer.{key}.{parameters[id(p)]}"] = (states, key)
+        self.names, self._places = list(found), list(found.values())
+
+
 class _Slot:
     """One file of the ring."""
 
-    def __init__(self, path: Path, layout: _Layout) -> None:
+    def __init__(self, path: str, layout: _Layout) -> None:
         self.path, self.layout = path, layout
-        with path.open("wb+") as stream:
+        with open(path, "wb+") as stream:
             stream.truncate(layout.size)
             self._map = mmap.mmap(stream.fileno(), layout.size) if layout.size else None
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -81,16 +128,16 @@ class _Slot:
             for i, (a, b) in zip(layout.order, layout.spans, strict=True)
         ]
 
-    def write(self, path: Path, tensors: Sequence[Tensor], facts: Mapping[str, Any]) -> None:
+    def write(self, path: str, tensors: Sequence[Tensor], facts: Mapping[str, Any]) -> None:
         """Become the file ``path``; what it was is gone."""
-        partial = self.path.with_suffix(".partial")
-        if self.path != partial:
-            os.replace(self.path, partial)
+        if not self.path.endswith(PARTIAL):
+            os.rename(self.path, partial := self.path + PARTIAL)
+            self.path = partial
         assert self._map is not None
         self._map[: self.layout.start] = self.layout.header(facts)
         with torch.no_grad():
             torch._foreach_copy_(self._views, [tensors[i] for i in self.layout.order])
-        os.replace(partial, path)
+        os.rename(self.path, path)
         self.path = path
 
 
@@ -162,7 +209,7 @@ class Recorder:
         self._after = 0  # steps of a break that are still to be kept
         self._broken = False
         self._layout: _Layout | None = None
-        self._names = {id(p): n for n, p in model.named_parameters()}
+        self._sources, self._stem = _Sources(model, optimizer), os.path.join(self.folder, "step_")
         self.folder.mkdir(parents=True, exist_ok=True)
         if start == 0 and (old := sorted(self.folder.glob("step_*.safetensors"))):
             raise CheckpointError(
@@ -170,12 +217,12 @@ class Recorder:
                 where=str(self.folder),
                 do="give another folder, or start=the step at which this run goes on",
             )
-        for left in self.folder.glob("step_*.partial"):
+        for left in self.folder.glob(f"step_*{PARTIAL}"):
             left.unlink()
-        self._log: TextIO | None = (self.folder / "log.csv").open("a", newline="", buffering=1)
-        self._columns = ["step", "loss", *self._rates()]
-        if self._log.tell() == 0:
-            csv.writer(self._log, lineterminator="\n").writerow(self._columns)
+        # unbuffered: a line is in the file before the next step, whatever becomes of the process
+        self._log: int | None = os.open(self.folder / "log.csv", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if os.fstat(self._log).st_size == 0:
+            self._write(",".join(["step", "loss", *self._rates()]))
         self._record(None, stays=True)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
@@ -193,7 +240,7 @@ class Recorder:
     def close(self) -> None:
         """Close the log; the files of the ring stay as they are."""
         if self._log is not None:
-            self._log.close()
+            os.close(self._log)
         self._log = None
         self._slots.clear()
 
@@ -222,23 +269,22 @@ class Recorder:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def _record(self, loss: float | None, stays: bool) -> None:
-        named = dict(self._tensors())
-        signature = tuple((n, t.dtype, t.shape) for n, t in named.items())
-        if self._layout is None or self._layout.signature != signature:
-            self._layout = _Layout(signature)
+        tensors = self._sources.tensors()
+        layout = self._layout
+        if layout is None or not layout.fits(self._sources.names, tensors):
+            layout = self._layout = _Layout(
+                tuple((n, t.dtype, t.shape) for n, t in zip(self._sources.names, tensors, strict=True))
+            )
         rates = self._rates()
         facts = {"step": self.count, "loss": loss, **rates, "optimizer": self._settings()}
-        path = self.folder / f"step_{self.count:08d}.safetensors"
-        slot = self._free(self._layout)
-        slot.write(path, list(named.values()), facts)
+        slot = self._free(layout)
+        slot.write(f"{self._stem}{self.count:08d}.safetensors", tensors, facts)
         if self._after > 0:
             self._after -= 1
         else:
             self._slots.append((stays, slot))  # one that stays has a place in the ring too: the latest are consecutive
-        assert self._log is not None
-        csv.writer(self._log, lineterminator="\n").writerow(
-            [self.count, "" if loss is None else f"{loss:.9g}", *(f"{r:.9g}" for r in rates.values())]
-        )
+        told = "" if loss is None else f"{loss:.9g}"
+        self._write(",".join([str(self.count), told, *(f"{r:.9g}" for r in rates.values())]))
 
     def _free(self, layout: _Layout) -> _Slot:
         """A file to write to: the oldest of a full ring, or a new one."""
@@ -248,19 +294,12 @@ class Recorder:
                 continue
             if slot.layout is layout:
                 return slot
-            slot.path.unlink()
-        return _Slot(self.folder / f"step_{self.count:08d}.partial", layout)
+            os.unlink(slot.path)
+        return _Slot(f"{self._stem}{self.count:08d}.safetensors{PARTIAL}", layout)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.model.state_dict().items():
-            if isinstance(value, Tensor):
-                yield name, value
-        if self.optimizer is None:
-            return
-        for p, states in self.optimizer.state.items():
-            for state, value in states.items():
-                if isinstance(value, Tensor) and id(p) in self._names:
-                    yield f"optimizer.{state}.{self._names[id(p)]}", value
+    def _write(self, line: str) -> None:
+        assert self._log is not None
+        os.write(self._log, f"{line}\n".encode())
 
     def _rates(self) -> dict[str, float]:
         if self.optimizer is None:
