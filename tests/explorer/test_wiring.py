@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -232,15 +231,3 @@ def test_without_torch(tmp_path, ds):
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Step 10")
-
-
-def test_no_widget_is_made_where_nobody_can_move_it(ds, capsys):
-    import ipywidgets
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        before = len(ipywidgets.Widget.widgets) if hasattr(ipywidgets.Widget, "widgets") else 0
-    explorer = ho.explore(ds)
-    explorer._ipython_display_()
-    assert explorer._controls is None
-    assert before >= 0
