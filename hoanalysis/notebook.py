@@ -21,7 +21,7 @@ from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
 from hoanalysis.analysis.update_rule import update_rule
 from hoanalysis.analysis.verdict import Break
 
-LONGEST_CELL, LONGEST_LINE = 300, 1000  # characters
+LONGEST_CELL, LONGEST_LINE, SENTENCE = 300, 1000, 60  # characters
 
 
 def readable(text: str, width: int | None = None) -> str:
@@ -188,7 +188,9 @@ def table(frame: pd.DataFrame) -> HTML:
     """A table with every cell and label escaped, and numbers to four digits."""
     told = frame.map(_cell).rename(index=_cell, columns=_cell)
     with pd.option_context("display.max_colwidth", None):
-        return HTML(told.to_html(escape=True, border=0, float_format=lambda v: f"{v:.4g}"))
+        words = len(told.columns) > 1 and told.iloc[:, -1].map(lambda v: len(str(v)) > SENTENCE).any()
+        look = "words" if words else None  # a column of sentences is set like text, see the style of pages
+        return HTML(told.to_html(escape=True, border=0, classes=look, float_format=lambda v: f"{v:.4g}"))
 
 
 def _cell(value: Any) -> Any:

@@ -30,7 +30,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 img { max-width: 100%; height: auto; margin-top: .6rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
 td, th { padding: .25rem .5rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
-td:last-child:not(:nth-child(-n+3)) { text-align: left; }
+table.words td:last-child { text-align: left; }
 nav { font-size: 14px; line-height: 1.9; margin: 1.5rem 0; padding: .5rem .8rem; background: #f6f6f6; }
 th { background: #fafafa; } a { color: #1a4f8b; } .anchor-link { display: none; }
 li, h1, h2, pre { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; max-width: 24em; min-width: 3em; }

@@ -95,3 +95,10 @@ def test_advice_is_a_line_for_each_sentence_with_its_step():
     shown = nb.advice(series.isel(step=i) for i in range(2)).data
     assert shown == "<ul><li>Step 0: a: x.</li><li>Step 0: b: &lt;y&gt;.</li><li>Step 5: ok.</li></ul>"
     assert nb.advice([xr.DataArray("ok.")]).data == "<ul><li>ok.</li></ul>"
+
+
+def test_a_column_of_sentences_is_set_like_text():
+    frame = pd.DataFrame({"n": [1], "said": ["word " * 20]})
+    assert 'class="dataframe words"' in nb.table(frame).data
+    assert "words" not in nb.table(frame.assign(said="short")).data
+    assert "words" not in nb.table(frame[["said"]].assign(said="x" * 99)).data
