@@ -135,9 +135,10 @@ def _steps(series: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> list[s
 
 
 def _worst(found: Autopsy) -> str:
-    largest = ", ".join(
-        f"{t.term} {pm(t.value, t.se, sign=True)} (order {t.order})" for t in found.terms.head(3).itertuples()
-    )
+    rows = found.terms.head(3)
+    sizes = [pm(value, se, sign=True) for value, se in rows[["value", "se"]].to_numpy(float)]
+    named = zip(rows["term"], sizes, rows["order"], strict=True)
+    largest = ", ".join(f"{term} {size} (order {order})" for term, size, order in named)
     return (
         f"The step from {found.step:g} to {found.to_step:g} changed the loss by {pm(found.measured, found.measured_se)}"
         f"; the summaries predict {pm(found.predicted, found.predicted_se)} and leave "

@@ -107,11 +107,11 @@ def _named(ds: xr.Dataset, name: str, array: xr.DataArray) -> xr.DataArray:
 def _measured(ds: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray | None, xr.DataArray | None]:
     """The measured change, its sums over blocks where they are kept, and its stored error where it is stored itself."""
     for name, dim in ((schema.CHANGE_ALONG, schema.TAU), (schema.CHANGE_PATH, schema.NODE)):
-        whole = np.flatnonzero(np.asarray(ds[dim].values) == 1) if name in ds else []
-        if len(whole):
-            names = (name, schema.blocks_of(name), schema.error_of(name))
-            value, blocks, error = (_plain(ds[n].isel({dim: int(whole[0])})) if n in ds else None for n in names)
-            return value, blocks, error
+        whole = np.flatnonzero(np.asarray(ds[dim].values) == 1).tolist() if name in ds else []
+        if whole:
+            beside = (schema.blocks_of(name), schema.error_of(name))
+            kept, error = (_plain(ds[n].isel({dim: whole[0]})) if n in ds else None for n in beside)
+            return _plain(ds[name].isel({dim: whole[0]})), kept, error
     if ds.attrs.get("direction") != NEXT or schema.STEP not in ds.dims:
         raise SchemaError(
             "there is no measured change of the loss to compare with",

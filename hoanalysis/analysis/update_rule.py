@@ -71,7 +71,7 @@ def chains(ds: xr.Dataset, log: pd.DataFrame | None = None) -> list[Chain]:
     return [Chain(tuple(range(a, b + 1))) for a, b in zip(starts, ends, strict=True)]
 
 
-def logged_rates(log: pd.DataFrame | None, steps: Sequence[float]) -> Array:
+def logged_rates(log: pd.DataFrame | None, steps: Sequence[float] | Array) -> Array:
     """The rate of each step in the log, 1 where there is none or it is not positive."""
     found = np.array([used_at(log, step) or 1.0 for step in steps], dtype=float)
     return np.where(np.isfinite(found) & (found > 0), found, 1.0)
