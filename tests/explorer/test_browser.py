@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -41,11 +42,9 @@ def ds():
     return example(layers=3, size=3, steps=4)
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, ds):
-    """The address of a JupyterLab with a token of its own, on explore.ipynb with the path of a Dataset filled in."""
-    assert CHROMIUM, "HOANALYSIS_REQUIRE_BROWSER is set, and there is no Chromium"
-    root = tmp_path_factory.mktemp("lab")
+@contextmanager
+def serve(root: Path, ds):
+    """A JupyterLab with a token of its own: the address of explore.ipynb with the path of ``ds``, and its file."""
     path = export(ds, root / "run.nc")
     notebook = nbformat.read(ROOT / "notebooks" / "explore.ipynb", as_version=4)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
@@ -80,24 +79,52 @@ def lab(tmp_path_factory, ds):
 
 
 @pytest.fixture(scope="module")
-def page(lab):
+def lab(tmp_path_factory, ds):
+    assert CHROMIUM, "HOANALYSIS_REQUIRE_BROWSER is set, and there is no Chromium"
+    with serve(tmp_path_factory.mktemp("lab"), ds) as found:
+        yield found
+
+
+@contextmanager
+def opened(address: str):
+    """The page of the notebook in a browser, with all its cells running."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1500, "height": 1500})
         page.set_default_timeout(PATIENCE)
-        page.goto(lab[0])
+        page.goto(address)
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         run_all(page)
-        try:
-            page.wait_for_selector(".ho-live .ho-sentence")
-            sentence_with(page, "Step 30")
-        except Exception:
-            page.screenshot(path=str(lab[1].with_name("failed.png")))
-            raise
+        page.wait_for_selector(".ho-live .ho-sentence")
         yield page
         browser.close()
+
+
+def move_times(address: str, moves: int) -> list[float]:
+    """Seconds from the key that moves the slider until picture and sentence are new; for benchmarks/explorer.py."""
+    both = "() => [document.querySelector('.ho-sentence')?.innerText, document.querySelector('.ho-live img')?.src]"
+    with opened(address) as page:
+        sentence_with(page, "Step")
+        page.wait_for_timeout(4000)
+        found = []
+        handle = page.locator(".ho-live .noUi-handle").first
+        handle.focus()
+        for _ in range(moves):
+            before, start = json.dumps(page.evaluate(both)), time.perf_counter()
+            handle.press("ArrowLeft")
+            page.wait_for_function(f"{before}.every((old, i) => ({both})()[i] !== old)", polling="raf")
+            found.append(time.perf_counter() - start)
+            page.wait_for_timeout(300)
+        return found
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    with opened(lab[0]) as page:
+        sentence_with(page, "Step 30")
+        yield page
 
 
 def menu(page, title, command):
@@ -110,14 +137,15 @@ def run_all(page):
     from playwright.sync_api import TimeoutError
 
     for _ in range(10):
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        page.wait_for_selector("text=| Idle")
         menu(page, "Run", "runmenu:run-all")
         try:
             code = "() => /[0-9*]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText)"
-            page.wait_for_function(code, timeout=5000)
+            page.wait_for_function(code, timeout=10_000)
             return
         except TimeoutError:
-            continue
+            while page.locator(".jp-Dialog .jp-mod-accept").count():
+                page.locator(".jp-Dialog .jp-mod-accept").first.click()
 
 
 def sentence_with(page, *words) -> str:
@@ -157,7 +185,7 @@ def strongest(matrix, errors, names) -> str:
 
 
 def test_every_control_changes_picture_and_sentence_to_the_right_values(page, ds):
-    page.get_by_label("colours").select_option("linear")
+    page.get_by_label("colours", exact=True).select_option("linear")
     names = ds.group.values.tolist()
     last = ds.sel(step=30)
     sentence_with(page, "Step 30", strongest(last.D2.values, last.D2_se.values, names))
@@ -179,20 +207,20 @@ def test_every_control_changes_picture_and_sentence_to_the_right_values(page, ds
     shows(page, one.D3.values[:, :, at])
 
     page.get_by_role("button", name="2", exact=True).click()
-    page.get_by_label("groups").select_option("by layer")
+    page.get_by_label("groups", exact=True).select_option("by layer")
     layers = np.kron(np.eye(3), np.ones((1, 2)))
     sums = layers @ one.D2.values @ layers.T
     sentence_with(page, "3 groups, by layer", f"{np.abs(sums - np.diag(np.diag(sums))).max():.4g}")
     shows(page, sums)
 
-    page.get_by_label("groups").select_option("as stored")
-    page.get_by_label("block").select_option("WB")
+    page.get_by_label("groups", exact=True).select_option("as stored")
+    page.get_by_label("block", exact=True).select_option("WB")
     block = one.D2.values[::2, 1::2]
     sentence_with(page, "block WB", "of 9 entries")
     shows(page, block)
 
-    page.get_by_label("block").select_option("all")
-    page.get_by_label("show").select_option("inverse")
+    page.get_by_label("block", exact=True).select_option("all")
+    page.get_by_label("show", exact=True).select_option("inverse")
     inverse = np.linalg.inv(one.D2.values)
     sentence_with(page, "inverse of the pseudo-Hessian", f"{np.abs(np.triu(inverse, 1)).max():.4g}")
     shows(page, inverse)
