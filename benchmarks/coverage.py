@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py                                  # both parts, table to the terminal
     python benchmarks/coverage.py --repeats 200 --out docs/coverage
+    python benchmarks/coverage.py --bootstrap 60 --repeats 100     # would a bootstrap over the blocks do better? (480)
 
 The batches of the run are the whole population: what they give together is the truth. A repeat draws as many of them
 with replacement, computes estimates and 95 % intervals as a user would, and looks which intervals hold the truth.
@@ -36,7 +37,9 @@ from torch import Tensor
 
 import hoanalysis as ho
 from hoanalysis import schema, summaries, units
+from hoanalysis.analysis.arrays import kept_blocks
 from hoanalysis.analysis.interactions import shares
+from hoanalysis.analysis.regularized import Solver, needed
 
 RUN = Path(__file__).parents[1] / "data" / "lenet5-mnist"
 BLOCKS = 20  # as `hoanalysis report` keeps them
@@ -114,6 +117,40 @@ def gradient(
         )  # fmt: skip
 
 
+# ---- another way to an interval -------------------------------------------------------------------------------------
+
+
+def bootstrapped(step: int, repeats: int, resamples: int, seed: int) -> pd.DataFrame:
+    """Learning rates with u fixed: the jackknife beside a bootstrap that draws the kept blocks with replacement, by its
+    standard deviation and by its percentiles."""
+    model, batches = model_at(step), list(ho.data.mnist5k("all", batch_size=128, max_samples=5000))
+    draws, rng, rows = draw(len(batches), repeats, seed), np.random.default_rng(seed), []
+    datasets = list(fixed(model, batches, draws))
+    for regularization in ("r", None):
+        held: dict[str, list] = {"jackknife": [], "bootstrap": [], "percentiles": []}
+        truth = datasets[0].ho.learning_rates(regularization)["learning_rates"].values
+        for ds in datasets[1:]:
+            names = needed(ds, regularization)
+            solve, blocks = Solver.of(ds, regularization, 1.0), kept_blocks(ds, names)
+            assert blocks is not None
+            n, again = len(blocks), []
+            for _ in range(resamples):
+                k = rng.integers(0, n, n)
+                total = blocks.weight[k].sum()
+                again.append(solve({name: x[k].sum(0) / total for name, x in blocks.sums.items()}))
+            rates = ds.ho.learning_rates(regularization)
+            away, t = np.abs(rates["learning_rates"].values - truth), student.ppf((1 + LEVEL) / 2, n - 1)
+            low, high = np.quantile(again, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+            held["jackknife"].append(away <= t * rates["learning_rates_se"].values)
+            held["bootstrap"].append(away <= t * np.std(again, axis=0) * np.sqrt(n / (n - 1)))
+            held["percentiles"].append((low <= truth) & (truth <= high))
+        for way, inside in held.items():
+            each = np.mean(inside, axis=0)
+            row = {"rates": regularization or "plain", "interval": way, "pooled": each.mean(), "worst": each.min()}
+            rows.append(row | {"entry": datasets[0][schema.GROUP].values[each.argmin()]})
+    return pd.DataFrame(rows)
+
+
 # ---- coverage -------------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +213,14 @@ def draw(n: int, repeats: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, size=(repeats, n))
 
 
-def run_part(part: str, step: int, repeats: int, batch_size: int, images: int, seed: int) -> xr.Dataset:
-    run = ho.open_run(RUN)
-    model = ho.models.LeNet5(in_channels=1, n_classes=10, activation="relu")
+def model_at(step: int) -> torch.nn.Module:
+    run, model = ho.open_run(RUN), ho.models.LeNet5(in_channels=1, n_classes=10, activation="relu")
     model.load_state_dict(run[run.steps.index(step)].state_dict)
+    return model
+
+
+def run_part(part: str, step: int, repeats: int, batch_size: int, images: int, seed: int) -> xr.Dataset:
+    model = model_at(step)
     batches = list(ho.data.mnist5k("all", batch_size=batch_size, max_samples=images))
     draws = draw(len(batches), repeats, seed)
     start = time.perf_counter()
@@ -206,7 +247,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="for the parts where u is computed anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="only compare the jackknife with N resamples")
     args = parser.parse_args()
+    if args.bootstrap:
+        compared = bootstrapped(480, args.repeats, args.bootstrap, args.seed)
+        print(compared.to_string(index=False, formatters={"pooled": "{:.1%}".format, "worst": "{:.1%}".format}))
+        return
     found = []
     for part in args.parts:
         size, images, steps = (128, 5000, args.steps) if part == "fixed" else (25, args.images, args.gradient_steps)
