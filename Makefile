@@ -5,7 +5,7 @@ BIN := .venv/bin
 REPORT := reports/lenet5-mnist
 JOBS ?= auto
 
-.PHONY: report test lab lint figures clean
+.PHONY: report test lab lint figures paper clean
 
 report: .venv
 	$(BIN)/hoanalysis report data/lenet5-mnist/study.toml --out $(REPORT)
@@ -19,7 +19,11 @@ lint: .venv
 	$(BIN)/mypy
 
 figures: report
-	$(BIN)/python docs/figures.py $(REPORT)/summaries.nc docs/lenet5-mnist.png
+	$(BIN)/python docs/figures.py $(REPORT)/summaries.nc docs/lenet5-mnist.png data/vgg11-cifar10/study.nc docs/vgg11-cifar10.png
+
+# the notebook of the paper's figures with its outputs, from the stored summaries
+paper: .venv
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/paper_figures.ipynb
 
 lab: .venv
 	$(BIN)/jupyter lab --notebook-dir=notebooks

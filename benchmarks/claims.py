@@ -256,3 +256,32 @@ def by_images(ds: xr.Dataset) -> pd.DataFrame:
                 row["mean ± sd"] = f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
                 rows.append(row | {v: told.count(v) for v in VERDICTS})
     return pd.DataFrame(rows).set_index(["claim", "epoch", "images behind u"])
+
+
+def by_run(runs: Mapping[str, xr.Dataset], names: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """The claims about LeNet-5 for several runs of it, a column a run, and the claims of which verdicts differ.
+
+    ``names`` is what to call each run; the first one is that of claims.toml.
+    """
+    original, columns, told = next(iter(names)), [], []
+    for name, title in names.items():
+        rows = table(runs, substitute={original: name})
+        rows["epoch"] = rows["case"].str.rpartition("@")[2].astype(int)
+        rows = rows.set_index(["claim", "epoch"])
+        words = [f"{written(v, h)}: {w}" for v, h, w in zip(rows["value"], rows["half"], rows["verdict"], strict=True)]
+        columns.append(pd.Series(words, rows.index, name=title))
+        told.append(rows["verdict"].rename(title))
+    verdicts = pd.concat(told, axis=1)
+    moved = verdicts.index[verdicts.ne(verdicts.iloc[:, 0], axis=0).any(axis=1)]
+    return pd.concat(columns, axis=1), list(dict.fromkeys(moved.get_level_values("claim")))
+
+
+def sentences(summed: pd.DataFrame, moved: list[str]) -> list[str]:
+    """What holds, what holds in part, what does not, and what depends on the run."""
+    lines = []
+    for told in VERDICTS:
+        found = summed["claim"][summed["verdict"] == told]
+        if len(found):
+            lines.append(f"**{told}** ({len(found)} of {len(summed)}): {'; '.join(found)}.")
+    differ = f"change for: {'; '.join(moved)}" if moved else "stay the same"
+    return [*lines, f"Over seeds and activations the verdicts on LeNet-5 {differ}."]

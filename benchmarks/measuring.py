@@ -86,8 +86,10 @@ def exponents(ds: xr.Dataset, last: int = 4) -> pd.DataFrame:
             for sweep in ("P", "S"):
                 x = ds[f"{sweep}_{sweep}"].values
                 for quantity in ("entries", "seconds", "bytes"):
-                    y = ds[f"{quantity}_{sweep}"].sel(method=method, order=order).values
-                    computed = np.isfinite(ds[f"seconds_{sweep}"].sel(method=method, order=order).values) & (y > 0)
+                    y = ds[f"{quantity}_{sweep}"].sel({"method": method, "order": order}).values
+                    computed = np.isfinite(ds[f"seconds_{sweep}"].sel({"method": method, "order": order}).values) & (
+                        y > 0
+                    )
                     chosen = np.flatnonzero(computed)[-last:]
                     slope, error = exponent(x[chosen], y[chosen])
                     row[f"{quantity} ~ {sweep}"] = "-" if np.isnan(slope) else f"{slope:.2f} ± {error:.2f}"

@@ -1,0 +1,122 @@
+"""notebooks/paper_figures.ipynb from the shipped units, and one of them computed again where CIFAR-10 is there."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+import hoanalysis as ho
+from hoanalysis.study import StudySpec
+
+ROOT = Path(__file__).parents[1]
+DATA, NOTEBOOK = ROOT / "data", ROOT / "notebooks" / "paper_figures.ipynb"
+
+
+def cells(path):
+    return nbformat.read(path, as_version=4).cells
+
+
+def texts(cell):
+    """What a cell shows as text: sentences, and tables as plain text."""
+    data = [o.get("data", {}) for o in cell.get("outputs", [])]
+    return [str(d.get("text/markdown") or d.get("text/plain")) for d in data if "image/png" not in d]
+
+
+def pictures(cell):
+    return sum(
+        "image/png" in o.get("data", {}) or "data:image/gif" in str(o.get("data")) for o in cell.get("outputs", [])
+    )
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    target = tmp_path_factory.mktemp("paper") / "paper_figures.ipynb"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    papermill.execute_notebook(NOTEBOOK, target, cwd=str(NOTEBOOK.parent), progress_bar=False)
+    return cells(target)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, in another process
+def test_the_committed_outputs_are_what_the_shipped_units_give(executed):
+    committed = cells(NOTEBOOK)
+    executed = [c for c in executed if "injected-parameters" not in c.metadata.get("tags", [])]
+    assert [c.source for c in executed] == [c.source for c in committed]
+    for ours, theirs in zip(executed, committed, strict=True):
+        assert texts(ours) == texts(theirs), ours.source
+        assert pictures(ours) == pictures(theirs), ours.source
+        assert not any(o.output_type == "stream" and o.name == "stderr" for o in ours.get("outputs", []))
+    assert sum(map(pictures, executed)) >= 12
+
+
+VERDICTS = dict.fromkeys(
+    [
+        "hessian-blocks-rough",
+        "hessian-dense",
+        "inverse-blocks-better-lenet",
+        "inverse-blocks-rough-vgg",
+        "cauchy",
+        "newton",
+        "small-system",
+        "no-full-hessian",
+        "invariance",
+        "invariance-regularized",
+        "d2-practical",
+        "d3-practical",
+    ],
+    "holds",
+) | dict.fromkeys(["last-five-inverse", "last-five-hessian", "first-of-five-with-last", "first-with-last"], "in part")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_verdicts(executed):
+    (table,) = [c for c in executed if c.get("source", "").rstrip().endswith("verdicts")]
+    html = table.outputs[0].data["text/html"]
+    found = dict(re.findall(r"<th>([a-z0-9-]+)</th>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>", html))
+    assert found == VERDICTS
+
+
+def test_no_measured_number_stands_in_the_text_by_hand():
+    for cell in cells(NOTEBOOK):
+        if cell.cell_type == "markdown":
+            text = re.sub(r"arXiv 2312\.03885|95 %", "", cell.source)
+            assert not re.search(r"\d+[.,]\d|\d\s?%|\de-?\d", text), cell.source
+
+
+def test_no_image_of_cifar10_is_committed():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kinds = {Path(name).suffix for name in listed.split()}
+    assert ".safetensors" in kinds
+    assert kinds <= {".safetensors", ".csv", ".toml", ".py", ".md", ".nc", ".unit", ".json"}
+
+
+@pytest.fixture
+def cifar10():
+    if not (DATA / "cifar-10-batches-bin" / "data_batch_5.bin").is_file():
+        if os.environ.get("HOANALYSIS_REQUIRE_CIFAR10"):
+            pytest.fail("CIFAR-10 should be in data/cifar-10-batches-bin here")
+        pytest.skip("needs CIFAR-10 in data/cifar-10-batches-bin")
+
+
+def test_a_shipped_unit_is_what_its_shipped_checkpoint_gives(cifar10, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the study names data/ from there
+    spec = StudySpec.read(DATA / "lenet5-cifar10")
+    run = spec.run()[1:2]
+    (settings,) = spec.settings()
+    ours = ho.summarize_run(run, spec.problem(), progress=False, **settings).isel(step=0)
+    shipped = ho.open_dataset(DATA / "lenet5-cifar10" / "study.store").sel(step=run.steps[0])
+    assert ours.sha256.item() == shipped.sha256.item()
+    assert json.loads(ours.attrs["provenance"])["data"] == json.loads(shipped.attrs["provenance"])["data"]
+    assert set(shipped.data_vars) == set(ours.data_vars)
+    for name in shipped.data_vars:
+        size = float(np.abs(shipped[name]).max())
+        tolerance = 1e-3 if str(name).endswith("_se") else 1e-5  # float32, and other processors add in another order
+        np.testing.assert_allclose(ours[name], shipped[name], rtol=1e-3, atol=tolerance * size, err_msg=str(name))
+    np.testing.assert_allclose(ours.direction_norm, shipped.direction_norm, rtol=1e-5)
