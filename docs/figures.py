@@ -25,7 +25,8 @@ def mnist(dataset: Path, picture: Path) -> None:
 
 def figure2(dataset: Path, picture: Path) -> None:
     ds = ho.open_dataset(dataset)
-    ds.ho.plot.submatrices(steps=list(EPOCHS), names=EPOCHS).figure.savefig(picture, dpi=70)
+    ax = ds.ho.plot.submatrices(steps=list(EPOCHS), names=EPOCHS)
+    ax.figure.savefig(picture, dpi=70, bbox_inches="tight")
 
 
 if __name__ == "__main__":

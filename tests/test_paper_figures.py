@@ -110,10 +110,13 @@ def test_a_shipped_unit_is_what_its_shipped_checkpoint_gives(cifar10, monkeypatc
     spec = StudySpec.read(DATA / "lenet5-cifar10")
     run = spec.run()[1:2]
     (settings,) = spec.settings()
-    ours = ho.summarize_run(run, spec.problem(), progress=False, **settings).isel(step=0)
     shipped = ho.open_dataset(DATA / "lenet5-cifar10" / "study.store").sel(step=run.steps[0])
+    problem = spec.problem()
+    if problem.fingerprint() != json.loads(shipped.attrs["provenance"])["data"]:
+        assert not os.environ.get("HOANALYSIS_REQUIRE_CIFAR10"), "another copy of CIFAR-10"
+        pytest.skip("another copy of CIFAR-10 than the one that the shipped units were computed from")
+    ours = ho.summarize_run(run, problem, progress=False, **settings).isel(step=0)
     assert ours.sha256.item() == shipped.sha256.item()
-    assert json.loads(ours.attrs["provenance"])["data"] == json.loads(shipped.attrs["provenance"])["data"]
     assert set(shipped.data_vars) == set(ours.data_vars)
     for name in shipped.data_vars:
         size = float(np.abs(shipped[name]).max())
