@@ -16,7 +16,7 @@ the given data and on theta_s, both at the start of the step, every product is i
 Least squares over the pairs of neighbouring steps of a chain gives mu, lr_s and k >= 0. The batch's own noise has mean
 zero in both lines, so that it widens the errors: a delete-one jackknife over the pairs, to which mu adds how far the
 groups disagree on it. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the given data, which
-no error here counts: measured on LeNet-5, by up to 2 with 512 images and by 2.4 to 5.7 with 128 (``status`` says so).
+no error here counts: on LeNet-5 by up to 2 with 512 images, and by more with fewer (the attribute ``status`` says so).
 For another optimizer than SGD, lr_s still is the rate at which the group follows its gradient.
 
 Where the log has the rate a_j of each step, what is fitted is lr_s as a multiple of a_j, and with it mu as PyTorch
