@@ -41,7 +41,9 @@ def readable(text: str, width: int | None = None) -> str:
 def bullets(lines: Sequence[str], strong: Sequence[str] = ()) -> HTML:
     """Sentences as a list, those that are in ``strong`` as well in bold type."""
     items = [(_line(readable(line)), line in strong) for line in lines]
-    return HTML("<ul>" + "".join(f"<li>{f'<b>{text}</b>' if bold else text}</li>" for text, bold in items) + "</ul>")
+    return HTML(
+        "<ul>" + "".join(f"<li>{f'<strong>{text}</strong>' if bold else text}</li>" for text, bold in items) + "</ul>"
+    )
 
 
 def advice(statuses: Iterable[xr.DataArray]) -> HTML:

@@ -49,7 +49,7 @@ class _Elements(HTMLParser):
 ELEMENTS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "span", "ul", "li", "a", "pre",
     "img", "table", "thead", "tbody", "tr", "th", "td", "strong", "em", "code", "svg", "polyline", "circle", "main",
-    "br", "hr",
+    "br", "hr", "nav",
 }  # fmt: skip
 ATTRIBUTES = {
     "lang", "charset", "http-equiv", "content", "name", "class", "id", "href", "src", "alt", "style", "border", "width",

@@ -76,7 +76,7 @@ def test_the_suggested_partition_has_as_many_groups_as_layers():
 
 def test_what_the_verdict_says_is_in_bold():
     shown = nb.bullets(["a <b>", "c"], strong=["a <b>"]).data
-    assert shown == "<ul><li><b>a &lt;b&gt;</b></li><li>c</li></ul>"
+    assert shown == "<ul><li><strong>a &lt;b&gt;</strong></li><li>c</li></ul>"
 
 
 def test_a_page_links_to_its_sections_behind_the_first():
