@@ -433,8 +433,11 @@ def test_a_store_that_lacks_units_gives_nan_and_its_coverage(run, tmp_path, monk
         ({"tolerance": 0.0}, "tolerance"),
         ({"partition": "layers"}, "did you mean 'layer'"),
         ({"direction": "gradent"}, "did you mean 'gradient'"),
-        ({"order": 14}, "coarser partition"), ({"order": 17}, "at most 16"), ({"memory": -1}, "is not a size"),
-        ({"seed": 2**70}, "64 bits"), ({"max_batches": "a"}, "max_batches is a number"),
+        ({"order": 14}, "coarser partition"),
+        ({"order": 17}, "at most 16"),
+        ({"memory": -1}, "is not a size"),
+        ({"seed": 2**70}, "64 bits"),
+        ({"max_batches": "a"}, "max_batches is a number"),
     ],
 )
 @pytest.mark.row("N1", "P4")
