@@ -142,6 +142,6 @@ def _status(one: xr.Dataset) -> str:
     if len(far):
         lines.append(
             f"far: order {one.sizes['order']} misses the measured change by more than half of it for {listed(far)}; "
-            "rank them by ``measured``."
+            "rank them by what was measured."
         )
     return "\n".join(lines)
