@@ -77,7 +77,7 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
     if 8 + length > size:
         raise fail(f"the file is truncated: {size:,} bytes found, the header alone needs {8 + length:,}")
     try:
-        declared = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+        declared = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except _Duplicate as error:
         raise fail(f"the header names {error.args[0]!r} twice") from None
     except (ValueError, RecursionError) as error:
@@ -94,13 +94,6 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
 
 class _Duplicate(Exception):
     pass
-
-
-def _integer(digits: str) -> int:
-    """A number of millions of digits would take minutes to read."""
-    if len(digits) > 20:
-        raise ValueError(f"a number has {len(digits):,} digits")
-    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
