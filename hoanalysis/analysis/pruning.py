@@ -194,4 +194,4 @@ def _far(one: xr.Dataset, names: Array) -> str:
     far = names[miss > np.maximum(np.abs(measured) / 2, CLEAR * np.nan_to_num(noise))]
     if not len(far):
         return ""
-    return f"far: OBD misses the measured change by more than half of it for {listed(far)}; rank them by what was measured."
+    return f"far: OBD misses the measured change by more than half of it for {listed(far)}; rank by what was measured."
