@@ -35,11 +35,22 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Followed:
+    """A selected entry with its value and error; ``absent`` where what is shown has no such entry."""
+
+    entry: tuple[str, ...]
+    value: float
+    error: float
+    absent: bool = False
+
+
+@dataclass(frozen=True)
 class View:
     """All that a state shows, as numbers: `figures` draws it, `words` tells it.
 
     ``shown`` is the main picture; ``whole`` the same before entries were masked. ``limit`` ends the colours where they
-    are shared. ``notes`` says in sentences what could not be shown as asked.
+    are shared. ``entries`` are those whose trajectories are drawn, ``followed`` the selected ones with their values,
+    whatever block or slice is shown. ``notes`` says in sentences what could not be shown as asked.
     """
 
     state: State
@@ -51,6 +62,7 @@ class View:
     limit: float | None = None
     reference: str = ""
     entries: tuple[tuple[str, ...], ...] = ()
+    followed: tuple[Followed, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -142,7 +154,10 @@ class Session:
         loss = (float(at[schema.LOSS]), float(at.get("loss_se", np.nan)))
         state = self._told_slices(state)
         entries = state.entries or tuple(entry for entry, _, _ in ranked(whole, state)[:TRAJECTORIES])
-        return View(state, shown, whole, state.step, n_groups, loss, limit, self._reference(state), entries, notes)
+        followed = tuple(self._followed(state, entry) for entry in state.entries)
+        return View(
+            state, shown, whole, state.step, n_groups, loss, limit, self._reference(state), entries, followed, notes
+        )
 
     def rates(self, state: State) -> list[tuple[str, Shown]]:
         """The learning rates of the checkpoint, and of the one it is compared with: name -> vector."""
@@ -174,14 +189,20 @@ class Session:
         for entry in view.entries:
             values, errors = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
             for k, step in enumerate(steps):
-                part = self._whole(alone.but(step=step, slices=entry[2:]))
-                place = _place(part, entry)
-                if part is not None and place is not None:
-                    values[k], errors[k] = part.values[place], part.errors[place]
+                point = self._followed(alone.but(step=step), entry)
+                values[k], errors[k] = point.value, point.error
             found.append(Series(entry_name(entry), values, errors))
         return steps, found
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _followed(self, state: State, entry: tuple[str, ...]) -> Followed:
+        """An entry of the tensor that is shown, of any block and slice."""
+        part = self._whole(state.but(slices=entry[2:]))
+        place = _place(part, entry)
+        if part is None or place is None:
+            return Followed(entry, np.nan, np.nan, absent=True)
+        return Followed(entry, float(part.values[place]), float(part.errors[place]))
 
     def _whole(self, state: State) -> Shown | None:
         """The main picture before block and mask."""

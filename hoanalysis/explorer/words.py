@@ -83,26 +83,38 @@ def table(view: View, top: int = 12) -> pd.DataFrame:
     """The selected entries with value, error and significance; without a selection the strongest ``top``."""
     if view.shown is None or view.whole is None:
         return pd.DataFrame(columns=["entry", "value", "standard error", "value / error"])
-    every = {frozenset(e): (v, s) for e, v, s in ranked(view.whole, view.state)}
-    chosen = view.state.entries or tuple(e for e, _, _ in ranked(view.shown, view.state)[:top])
     rows = []
-    for entry in chosen:
-        value, error = every.get(frozenset(entry), (np.nan, np.nan))
-        significance = abs(value) / error if error and np.isfinite(error) and error > 0 else np.nan
-        rows.append((entry_name(entry), value, error, significance))
+    for name, value, error in _selected(view) or _strong(view, top):
+        significance = abs(value) / error if np.isfinite(error) and error > 0 else np.nan
+        rows.append((name, value, error, significance))
     return pd.DataFrame(rows, columns=["entry", "value", "standard error", "value / error"])
 
 
+def _selected(view: View) -> list[tuple[str, float, float]]:
+    """The selected entries: name, value and error."""
+    absent = " (not in this view)"
+    return [(entry_name(f.entry) + (absent if f.absent else ""), f.value, f.error) for f in view.followed]
+
+
+def _strong(view: View, top: int) -> list[tuple[str, float, float]]:
+    """The ``top`` strongest entries of the picture: name, value and error as they are without the mask."""
+    assert view.shown is not None
+    assert view.whole is not None
+    values = {entry: (value, error) for entry, value, error in ranked(view.whole, view.state)}
+    return [(entry_name(entry), *values[entry]) for entry, _, _ in ranked(view.shown, view.state)[:top]]
+
+
 def choices(view: View, top: int = 60) -> list[tuple[str, tuple[str, ...]]]:
-    """The entries that can be followed, as (text, entry): the strongest of what is shown, and those that are chosen."""
+    """The entries that can be followed, as (text, entry): those that are chosen, and the strongest of what is shown."""
     if view.whole is None:
         return []
-    every = ranked(view.whole, view.state)
-    chosen = set(view.state.entries)
-    kept = [x for x in every if x[0] in chosen] + [x for x in every if x[0] not in chosen][:top]
-    found = [(f"{entry_name(entry)}: {number(value, error)}", entry) for entry, value, error in kept]
-    held = {entry for _, entry in found}
-    return [*((f"{entry_name(e)}: elsewhere", e) for e in view.state.entries if e not in held), *found]
+    chosen = {tuple(sorted(f.entry)) for f in view.followed}  # D^(d) is symmetric: (s, t) and (t, s) are one entry
+    free = [x for x in ranked(view.whole, view.state) if tuple(sorted(x[0])) not in chosen][:top]
+    found = [
+        (name, value, error, f.entry) for (name, value, error), f in zip(_selected(view), view.followed, strict=True)
+    ]
+    found += [(entry_name(entry), value, error, entry) for entry, value, error in free]
+    return [(f"{name}: {number(value, error)}", entry) for name, value, error, entry in found]
 
 
 def code(state: State, name: str, others: Mapping[str, str] | None = None) -> str:
