@@ -106,6 +106,8 @@ def test_diff_tells_and_writes_the_differences(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "only b has 'layer2.weight', 'layer2.bias'" in result.output
     assert "errors: independent" in result.output
+    assert "\n- errors too small: u is the gradient of the data" in result.output
+    assert "by chance." not in result.output
     first = differences(expected)[lambda f: f["quantity"] == "D2"].iloc[0]
     table = next(
         part for part in result.output.split("\n\n") if "\n" in part and part.splitlines()[1].split()[0] == "D2"

@@ -4,8 +4,9 @@
                                    se^2 = n/(n-1) sum_k ((W - w_k)/W)^2 (d_(-k) - d)^2       the same n blocks of data
 
 with d = x(b) - x(a), and d_(-k) without block k on both sides: what the two have in common through their data cancels,
-as in a paired test. Where the direction is the gradient, D1, D2, .. carry the size of each checkpoint's own gradient;
-the scale-free H-bar, the learning rates and the shares of interactions do not.
+as in a paired test. What the data do through the direction u does not cancel: where u is the gradient of the same data,
+each side has its own, and errors that hold u fixed are too small, paired or not. D1, D2, .. then also carry the size of
+each checkpoint's own gradient; the scale-free H-bar, the learning rates and the shares of interactions do not.
 """
 
 import json
@@ -173,10 +174,12 @@ def _attrs(ds: xr.Dataset, other: xr.Dataset, ways: set[str]) -> dict[str, str]:
 def _status(result: xr.Dataset, ds: xr.Dataset, other: xr.Dataset) -> str:
     lines = [_unmatched(result, "a"), _unmatched(result, "b"), _steps(result, ds, other), _sizes(ds, other)]
     lines.append(_random(ds, other))
-    if any(moves_with_the_data(one) for one in (ds, other)) and not same_data(ds, other):
+    fixed = any(moves_with_the_data(one) for one in (ds, other))
+    if fixed:
         lines.append(
-            "errors too small: u is the gradient of the data, and the errors leave out what the data do through it, so "
-            "that far more entries differ by chance than the counts below say. Summarize with errors='unconditional'."
+            "errors too small: u is the gradient of the data, and the errors leave out what the data do through it, "
+            "which pairing does not cancel, so that far more entries differ by chance than their significance says. "
+            "Summarize with errors='unconditional'."
         )
     if INDEPENDENT in result.attrs["errors"] and same_data(ds, other):
         lines.append(
@@ -184,7 +187,7 @@ def _status(result: xr.Dataset, ds: xr.Dataset, other: xr.Dataset) -> str:
             "added in squares as if the data were independent, which is usually too large. Summarize both with the "
             "same keep_batches."
         )
-    counts = [_count(result, q) for q in map(str, result.data_vars) if f"{q}_significance" in result]
+    counts = [_count(result, q, chance=not fixed) for q in map(str, result.data_vars) if f"{q}_significance" in result]
     return "\n".join(filter(None, [*lines, *counts]))
 
 
@@ -217,7 +220,8 @@ def _random(ds: xr.Dataset, other: xr.Dataset) -> str:
     return f"other directions: a is along the random direction of seed {seeds[0]}, b along that of seed {seeds[1]}."
 
 
-def _count(result: xr.Dataset, name: str) -> str:
+def _count(result: xr.Dataset, name: str, chance: bool) -> str:
+    """How many entries differ, and how many would by ``chance`` where the errors are whole, so that it can be told."""
     x = np.asarray(result[f"{name}_significance"].values, dtype=float)
     values = np.array([x[i] for i in _entries(x)])
     known = values[np.isfinite(values)]
@@ -226,10 +230,8 @@ def _count(result: xr.Dataset, name: str) -> str:
     if len(known) == 1:
         doubt = "" if known[0] >= CLEAR else ", not told from 0"
         return f"{name}: differs by {known[0]:.1f} standard errors{doubt}."
-    return (
-        f"{name}: {(known >= CLEAR).sum()} of {len(known)} entries differ by {CLEAR:g} standard errors or more; "
-        f"about {_chance(result) * len(known):.1f} would by chance."
-    )
+    count = f"{name}: {(known >= CLEAR).sum()} of {len(known)} entries differ by {CLEAR:g} standard errors or more"
+    return f"{count}; about {_chance(result) * len(known):.1f} would by chance." if chance else f"{count}."
 
 
 def _pieces(one: xr.Dataset) -> int:

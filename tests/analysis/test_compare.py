@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -164,12 +165,30 @@ def test_chance_is_told_beside_the_count():
     a, rng = example(1, layers=6), np.random.default_rng(0)
     b = a.copy(deep=True)
     b["D2"] = a.D2 + rng.normal(size=a.D2.shape) * np.sqrt(2) * a.D2_se
-    text = compare(a, b).status.item()
+    whole = {"standard_errors": "unconditional: with what the data do through the direction"}
+    text = compare(a.assign_attrs(whole), b.assign_attrs(whole)).status.item()
+    assert "errors too small" not in text
     (line,) = [line for line in text.split("\n") if line.startswith("D2:")]
     far = int(line.split()[1])
     # 8 blocks: Student's t with 7 degrees of freedom is beyond 2 in 8.56 % of 78 entries, not in 4.55 %
     assert line.endswith("about 6.7 would by chance.")
     assert far <= 12
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_errors_that_hold_a_gradient_fixed_are_told_paired_or_not(paired):
+    """Pairing cancels what both have in common through their data, and not that each u is a mean of them."""
+    a, b = two_points()
+    whole = {"standard_errors": "unconditional: with what the data do through the direction"}
+    for one, other in ((a, b), (a.assign_attrs(whole), b), (a, b.assign_attrs(whole))):
+        told = compare(one, other, paired=paired).status.item()
+        assert "errors too small: u is the gradient of the data" in told
+        assert "would by chance" not in told
+        assert re.search(r"^D2: \d+ of 10 entries differ by 2 standard errors or more\.$", told, re.MULTILINE)
+    for sure in (whole, {"direction": "to:next"}):
+        told = compare(a.assign_attrs(sure), b.assign_attrs(sure), paired=paired).status.item()
+        assert "errors too small" not in told
+        assert "would by chance" in told
 
 
 def test_what_both_hold_is_compared():
