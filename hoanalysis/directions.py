@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hoanalysis import culprits
+from hoanalysis import culprits, schema
 from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_checkpoint
 from hoanalysis.errors import DirectionError, LossError, NoDirection, NonFiniteWeights, listed, nearest
 from hoanalysis.partitions import describe_parameters
 from hoanalysis.problem import Problem, State, naming_batch, tensors_of
 
-NAMES = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
+NAMES = schema.DIRECTIONS
 UPHILL = ("gradient", "momentum", "adam")  # a training step is minus a learning rate times one of these
 
 #: Where the loss is measured along a direction unless told otherwise: multiples of a step, and minus learning rates.

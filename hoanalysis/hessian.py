@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from hoanalysis.checkpoints import Checkpoint, Run, load_checkpoint
 from hoanalysis.derivatives.primitives import primitive_operations
 from hoanalysis.errors import ArgumentError, LossError, NumericsError
-from hoanalysis.problem import Problem, State, naming_batch
+from hoanalysis.problem import Problem, State, full_precision, naming_batch
 
 DENSE = 32  # parameters up to which H is formed: Lanczos has no advantage there
 ENDS = ("lowest", "largest")
@@ -31,6 +31,7 @@ SECOND = "loss/parameter^2"
 Array = np.ndarray
 
 
+@full_precision()
 def curvature(
     problem: Problem,
     *,

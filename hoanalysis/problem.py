@@ -18,6 +18,7 @@ import random
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,6 +199,11 @@ class Problem:
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(f"the loss must be a scalar tensor, and is {got}", do="reduce it with .mean() or .sum()")
+        if not value.is_floating_point():
+            raise LossError(
+                f"the loss must be a real number, and is {str(value.dtype).removeprefix('torch.')}",
+                do="take .real or .abs() of a complex one; counts and shares of right answers have no derivative",
+            )
         return value
 
     def cast(self, batch: Batch, dtype: torch.dtype | None) -> Batch:
@@ -383,7 +389,7 @@ class Problem:
         batch = self.cast(self.first_batch(), state.dtype)
         copies = {n: p.clone() for n, p in state.parameters.items()}
         values = []
-        with keep_random_state(), naming_batch(0):
+        with keep_random_state(), naming_batch(0), _refusing_broadcast_targets():
             for seed in (0, 1):
                 _seed_everything(seed)
                 values.append(float(self.batch_value(copies, state, batch).detach()))
@@ -748,6 +754,38 @@ def naming_batch(index: int) -> Iterator[None]:
             why="a label or token is not below the number of classes, or is negative",
             do="check the labels, the vocabulary, and ignore_index of the loss",
         ) from error
+
+
+@contextlib.contextmanager
+def _refusing_broadcast_targets() -> Iterator[None]:
+    """torch's losses warn where targets of one shape and outputs of another are compared all with all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size", category=UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            raise LossError(
+                "the targets do not have the shape of the outputs, so that each is compared with all",
+                where="batch 0",
+                why=str(warning).partition(". This will")[0],
+                do="give the targets the shape of the outputs, y.view_as(output) or y[:, None]",
+            ) from None
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32: with TF32 or bfloat16 inside, derivatives of order two are noise.
+
+    Whoever called gets the settings back.
+    """
+    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept[0])
+        torch.backends.cudnn.allow_tf32 = kept[1]
 
 
 @contextlib.contextmanager

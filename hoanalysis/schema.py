@@ -20,6 +20,8 @@ SCHEMA_VERSION = "1"
 
 GROUP = "group"
 STEP = "step"
+#: The directions that have a name; "to:" may also be followed by a file.
+DIRECTIONS = ("gradient", "weights", "random", "to:init", "to:next", "momentum", "adam")
 BATCH = "batch"
 LOSS = "loss"
 WEIGHT = "weight"

@@ -26,6 +26,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hoanalysis.errors import HoError, StudyError, listed, nearest
+from hoanalysis.schema import DIRECTIONS
 
 if TYPE_CHECKING:
     from hoanalysis.checkpoints import Run
@@ -205,8 +206,27 @@ class StudySpec(_Table):
         return log
 
     def settings(self) -> list[dict[str, Any]]:
-        """The options of `hoanalysis.summarize` for each direction and partition, the first of each in front."""
+        """The options of `hoanalysis.summarize` for each direction and partition, the first of each in front.
+
+        Raises
+        ------
+        StudyError
+            Where a direction or a partition stands twice, or there is no such direction.
+        """
         s = self.summaries
+        for key, values in (("directions", s.directions), ("partitions", s.partitions)):
+            if repeated := [v for v in dict.fromkeys(values) if values.count(v) > 1]:
+                raise StudyError(
+                    f"{key} of [summaries] names {listed(repeated)} more than once",
+                    where=str(self.path),
+                    do="name each once: each is computed and reported on its own",
+                )
+        if unknown := [d for d in s.directions if d not in DIRECTIONS and not d.startswith("to:")]:
+            raise StudyError(
+                f"there is no direction named {listed(unknown)}",
+                where=f"{self.path}, directions of [summaries]",
+                do=nearest(unknown[0], [*DIRECTIONS, "to:<file>"]),
+            )
         common = s.model_dump(exclude={"directions", "partitions", "curvature"})
         return [{**common, "direction": d, "partition": p} for d in s.directions for p in s.partitions]
 

@@ -33,7 +33,7 @@ from hoanalysis.directions import resolve as resolve_direction
 from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NoDirection, NumericsError, StoreError, listed
 from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
-from hoanalysis.problem import Problem, State, count_rows
+from hoanalysis.problem import Problem, State, count_rows, full_precision
 from hoanalysis.quadrature import NODES
 from hoanalysis.store import Store
 from hoanalysis.store.container import canonical
@@ -221,6 +221,7 @@ def summarize_run(
         return units.assemble(plan, opened.read)
 
 
+@full_precision()
 def taylor_terms(
     problem: Problem,
     order: int,
@@ -411,6 +412,7 @@ class Work:
         """The un-normalised sums of one checkpoint over the data."""
         return self.sums(checkpoint, run, store=store, progress=progress).dataset()
 
+    @full_precision()
     def sums(
         self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
     ) -> units.Parts:

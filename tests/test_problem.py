@@ -420,7 +420,13 @@ def test_arguments_that_cannot_be():
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(lambda m, b: m(b[0]), r"shape \(5, 3\)"), (lambda m, b: 1.5, "is float"), (lambda m, b: None, "is NoneType")],
+    [
+        (lambda m, b: m(b[0]), r"shape \(5, 3\)"),
+        (lambda m, b: 1.5, "is float"),
+        (lambda m, b: None, "is NoneType"),
+        (lambda m, b: m(b[0]).sum() * 1j, "a real number, and is complex128"),
+        (lambda m, b: b[1].sum(), "and is int64"),
+    ],
 )
 @pytest.mark.row("M7")
 def test_a_loss_that_is_no_scalar_tensor(value, words):
@@ -792,6 +798,40 @@ def test_autocast_is_off_within():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = single.batch_value(single.state().parameters, single.state(), single.first_batch())
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.row("N5")
+def test_products_are_taken_in_full_precision_and_the_settings_come_back():
+    """TF32 is for GPUs; bfloat16 within products of float32 is what the same switch means on a CPU."""
+    seen = []
+
+    def loss(output, target):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return F.cross_entropy(output, target)
+
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        problem = Problem(nn.Linear(4, 3), [(tensors(5, 4).float(), classes(5))], loss, batch_size=lambda b: len(b[1]))
+        seen.clear()
+        for call in (
+            lambda: ho.summarize(problem, 2, progress=False),
+            lambda: ho.taylor_terms(problem, 2, progress=False),
+            lambda: ho.curvature(problem, probes=3, progress=False),
+        ):
+            call()
+            assert set(seen) == {("highest", False)}
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("medium", True)
+            seen.clear()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.row("M7")
+def test_targets_of_another_shape_than_the_outputs_are_not_compared_with_all():
+    problem = Problem(nn.Linear(4, 1).double(), [(tensors(5, 4), tensors(5))], F.mse_loss)
+    with pytest.raises(LossError, match=r"each is compared with all[\s\S]*view_as"):
+        ho.summarize(problem, 1, progress=False)
 
 
 def test_gradients_flow_under_no_grad():

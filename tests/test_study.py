@@ -419,3 +419,19 @@ def test_logs(tmp_path):
     file.mkdir()
     with pytest.raises(StudyError, match="not a CSV table"):
         study.log()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('directions = ["zzz"]', "no direction named 'zzz'"),
+        ('directions = ["gradiant"]', "did you mean 'gradient'"),
+        ('directions = ["gradient", "weights", "gradient"]', "names 'gradient' more than once"),
+        ('partitions = ["layer", "layer"]', "names 'layer' more than once"),
+    ],
+)
+def test_directions_and_partitions_are_checked_before_anything_is_computed(tmp_path, line, words):
+    path = write(tmp_path / "s", PLAIN + f"[summaries]\n{line}\n")
+    with pytest.raises(StudyError, match=words) as caught:
+        StudySpec.read(path).settings()
+    assert str(path) in caught.value.where

@@ -25,7 +25,7 @@ from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.directions import group_norms
 from hoanalysis.errors import DataError
 from hoanalysis.partitions import Partition
-from hoanalysis.problem import Batch, Problem, State, count_rows, keep_random_state
+from hoanalysis.problem import Batch, Problem, State, count_rows, full_precision, keep_random_state
 
 Array = np.ndarray
 IDENTITY = "training"  # weights that change all the time: a captured program is compared with eager PyTorch once
@@ -60,6 +60,7 @@ class Information:
     _stream: Iterator[Batch] | None = None
     _latest: list[tuple[float, Batch, float]] = field(default_factory=list)  # weight, batch, its loss
 
+    @full_precision()
     def measure(self, direction: Mapping[str, Tensor]) -> Known:
         """The information at the model's weights along u.
 

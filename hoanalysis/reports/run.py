@@ -6,7 +6,8 @@ import contextlib
 import os
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis.analysis.findings import findings
-from hoanalysis.errors import CheckpointError, HoError, ReportError, StoreError, listed
+from hoanalysis.errors import ArgumentError, CheckpointError, HoError, ReportError, StoreError, listed
 from hoanalysis.reports.execute import (
     CELL_TIMEOUT,
     NOTEBOOK,
@@ -258,6 +259,16 @@ def _unexpected(error: Exception) -> ReportError:
     return told
 
 
+@contextmanager
+def _of_study(spec: StudySpec) -> Iterator[None]:
+    """An option that makes no sense is one of the study file."""
+    try:
+        yield
+    except ArgumentError as error:
+        do = error.do or "correct it in [summaries]"
+        raise type(error)(error.what, where=error.where or f"{spec.path}, [summaries]", why=error.why, do=do) from error
+
+
 def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say = print) -> dict[Path, xr.Dataset]:
     """Fill the store of a study and export its Datasets, one for each direction and partition.
 
@@ -267,7 +278,8 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
     from hoanalysis.summaries import Settings, Work
 
     run, problem, _ = spec.run(), spec.problem(), spec.log()  # a log that cannot be read is named now, not at the end
-    works = [Work(problem, Settings(**options)) for options in spec.settings()]
+    with _of_study(spec):
+        works = [Work(problem, Settings(**options)) for options in spec.settings()]
     _refuse_unfitting(run, works[0])
     refuse_unusable(outcome.folder, DATASET)
     make_folder(outcome.folder)
