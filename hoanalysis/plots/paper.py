@@ -16,6 +16,7 @@ from hoanalysis.plots import frames, style
 from hoanalysis.plots.heatmaps import _cells, _dots, _power
 
 NAMES = {"H": r"$\bar{\mathbf{H}}$", "inverse": r"$\bar{\mathbf{H}}^{-1}$", "scale_free": "scale-free"}
+SCALES = {"linear": "linear", "log": "symlog"}
 ERRORS = (1e-3, 10.0)  # relative standard errors at the ends of the colours
 
 
@@ -35,8 +36,9 @@ def submatrices(
     column for each pair of kinds, WW, BB and WB first; every panel has colours of its own, since weights and biases are
     orders of magnitude apart. White is near zero, dark red large and positive, dark blue large and negative; dots mark
     entries within 2 standard errors of 0, grey cells groups without effect. ``names`` says how to call a step,
-    ``scale`` is ``"linear"`` or ``"log"`` (by default log where a linear scale would be white). The blocks of the
-    inverse are blocks of it, not inverses of blocks. ``errors`` shows standard error / |entry| instead.
+    ``scale`` is ``"linear"`` or ``"log"``; by default a block has one kind of scale at all checkpoints, log where a
+    linear scale would leave one of them white. The titles say which. The blocks of the inverse are blocks of it, not
+    inverses of blocks. ``errors`` shows standard error / |entry| instead.
 
     Returns the axes of the first panel. Source: arXiv 2312.03885, Figures 1 and 2.
     """
@@ -51,8 +53,15 @@ def submatrices(
     width, height = _panel(everything)
     panels = style.split(style.axes(ax, columns * width + 1.2, len(rows) * height + 0.2), len(rows), columns)
     for i, (matrix, one, found) in enumerate(rows):
-        _row(panels[i * columns : (i + 1) * columns], matrix, one, found, names or {}, scale, errors)
+        alike = [blocks for shown, _, blocks in rows if shown == matrix]
+        scales = {block: scale or _common_scale([a[block].values for a in alike if block in a]) for block in found}
+        _row(panels[i * columns : (i + 1) * columns], matrix, one, found, names or {}, scales, errors)
     return panels[0]
+
+
+def _common_scale(blocks: Sequence[Any]) -> str:
+    """One kind of scale for what is compared: log where any of the blocks asks for it."""
+    return "log" if "log" in map(style.auto_scale, blocks) else "linear"
 
 
 def _panel(arrays: Sequence[xr.DataArray]) -> tuple[float, float]:
@@ -69,7 +78,7 @@ def _row(
     one: xr.Dataset,
     found: Mapping[str, xr.DataArray],
     names: Mapping[Any, str],
-    scale: str | None,
+    scales: Mapping[str, str],
     errors: bool,
 ) -> None:
     for ax, (block, array) in zip(panels, found.items(), strict=False):
@@ -81,11 +90,12 @@ def _row(
             bar = ax.figure.colorbar(ax.collections[0], ax=ax, shrink=0.8, aspect=14, pad=0.02, extend="both")
             bar.set_label("se / |entry|", fontsize="small")
         else:
-            norm = style.signed_norm(values, scale or style.auto_scale(values))
+            norm = style.signed_norm(values, scales[block])
             _cells(ax, array, norm, style.SIGNED)
             _bar(ax, norm, style.unit(str(array.attrs["units"])))
         _dots(ax, values, error)
-        ax.set_title(f"{block} ({style.text(array.attrs.get('block', 'all groups'))})", fontsize="small")
+        kind = "log" if errors else SCALES[scales[block]]
+        ax.set_title(f"{block} ({style.text(array.attrs.get('block', 'all groups'))}), {kind}", fontsize="small")
     for ax in panels[len(found) :]:
         ax.set_axis_off()
     step = step_labels(one)[0]

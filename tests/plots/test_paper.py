@@ -64,3 +64,19 @@ def test_white_is_zero_and_every_panel_has_its_own_symmetric_limits():
     limits = [(m.norm.vmin, m.norm.vmax) for m in (a.collections[0] for a in panels(plots.submatrices(noisy())))]
     assert all(low == -high for low, high in limits)
     assert len(set(limits)) == 12
+
+
+def kinds(ax):
+    return [type(a.collections[0].norm).__name__ for a in panels(ax)]
+
+
+def test_a_block_has_one_kind_of_scale_at_all_checkpoints_and_says_which():
+    ds = noisy()
+    ds["D2"] = np.abs(ds.D2) / np.abs(ds.D2).max() + 1.0  # nothing far from the others
+    alone = kinds(plots.submatrices(ds, which=["H"]))
+    assert set(alone) == {"Normalize"}
+    ds["D2"].values[-1, 1, 1] *= 1e4  # a linear scale would leave the last BB white
+    ax = plots.submatrices(ds, which=["H"])
+    assert kinds(ax) == ["Normalize", "SymLogNorm", "Normalize"] * 2
+    assert [a.get_title().split(", ")[-1] for a in panels(ax)] == ["linear", "symlog", "linear"] * 2
+    assert kinds(plots.submatrices(ds, which=["H"], scale="linear")) == ["Normalize"] * 6
