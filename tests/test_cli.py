@@ -93,6 +93,11 @@ def stored(path: Path, seed: int, **kwargs) -> Path:
     return export(example(seed, **kwargs), path)
 
 
+def test_python_m_is_the_command() -> None:
+    told = subprocess.run([sys.executable, "-m", "hoanalysis", "--version"], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout, told.stderr) == (0, call("--version").output, "")
+
+
 def test_diff_tells_and_writes_the_differences(tmp_path: Path) -> None:
     import pandas as pd
     import xarray as xr
