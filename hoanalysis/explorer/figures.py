@@ -75,10 +75,11 @@ def _empty(width: float, height: float) -> Figure:
 
 def whole(session: Session, state: State) -> Figure:
     """All panels and the sentence."""
-    head, low = 0.7, 3.6
+    caption = _wrapped(sentence(session.view(state)), 165)
+    head, low = max(0.7, 0.35 + LINE * (1 + caption.count("\n"))), 3.6
     width, height = MATRIX[0] + SIDE[0], head + MATRIX[1] + low
     figure = _empty(width, height)
-    figure.text(0.01, 1 - 0.12 / height, _wrapped(sentence(session.view(state)), 165), va="top", fontsize="medium")
+    figure.text(0.01, 1 - 0.12 / height, caption, va="top", fontsize="medium")
     _draw(session, state, "matrix", Place(figure, 0, low, *MATRIX))
     _draw(session, state, "rates", Place(figure, MATRIX[0], low + MATRIX[1] - SIDE[1], *SIDE))
     _draw(session, state, "trajectories", Place(figure, 0, 0, MATRIX[0], low))

@@ -78,8 +78,13 @@ class Session:
     """
 
     def __init__(self, ds: xr.Dataset, others: Mapping[str, xr.Dataset] | None = None) -> None:
+        if others is not None and not isinstance(others, Mapping):
+            raise ArgumentError(
+                f"others= is a mapping of names to Datasets, not a {type(others).__name__}",
+                do="give others={'seed 1': ds1}",
+            )
         self.given_others = {str(k): v for k, v in (others or {}).items()}
-        self.others = {name: _series(other) for name, other in self.given_others.items()}
+        self.others = {name: _series(other, f"others, {name!r}") for name, other in self.given_others.items()}
         if THIS_RUN in self.others or "" in self.others:
             raise ArgumentError(f"a run to compare with cannot be called {THIS_RUN!r} or ''", where="others")
         self.update(ds)
@@ -244,6 +249,8 @@ class Session:
             step = state.compare_step
             if step is None:
                 step = state.step if state.step in steps else next(reversed(steps), None)
+            if not steps:
+                raise ArgumentError(f"the run {state.compare_run!r} has no checkpoints", do="compare with another run")
             found.append((f"{state.compare_run}, step {step}", state.compare_run, step))
         return found
 
@@ -293,9 +300,18 @@ class Session:
         return value
 
 
-def _series(ds: xr.Dataset) -> xr.Dataset:
+def _series(ds: xr.Dataset, where: str = "") -> xr.Dataset:
     """The Dataset with ``step`` as a dim, whatever it had."""
+    if not isinstance(ds, xr.Dataset):
+        raise ArgumentError(
+            f"a run is a Dataset of summaries, not of type {type(ds).__name__}",
+            where=where,
+            do="open it with ho.open_dataset(path)",
+        )
     schema.validate(ds)
+    if not ds.sizes[schema.GROUP]:
+        raise ArgumentError("the Dataset has no groups, so that there is nothing to show", where=where,
+                            do="select at least one group")  # fmt: skip
     if schema.STEP in ds.dims:
         return ds
     return ds.expand_dims(schema.STEP) if schema.STEP in ds.coords else ds.expand_dims({schema.STEP: [0]})

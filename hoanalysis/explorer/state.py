@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from hoanalysis.analysis.regularized import REGULARIZATIONS
 from hoanalysis.errors import ArgumentError, listed, nearest
@@ -81,6 +83,11 @@ class State:
     panel: str = "rates"
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # labels and counts read from a Dataset are numpy's
+            if isinstance(value := getattr(self, f.name), np.generic):
+                object.__setattr__(self, f.name, value.item())
+        object.__setattr__(self, "slices", _labels(self.slices, "slices"))
+        object.__setattr__(self, "entries", _entries(self.entries))
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 do = nearest(str(getattr(self, name)), [str(k) for k in known])
@@ -89,23 +96,31 @@ class State:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name} is a whole number from 1 on, not {value!r}", where="state")
-        if not isinstance(self.epsilon, int | float) or not 0 < self.epsilon < float("inf"):
-            raise ArgumentError(f"epsilon must be positive and finite, not {self.epsilon!r}", where="state")
+        for name in ("block", "pattern", "compare_run"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ArgumentError(f"{name} is a text, not {value!r}", where="state")
+        for name in ("step", "compare_step"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                raise ArgumentError(f"{name} is the step of one checkpoint, not {value!r}", where="state")
+        epsilon = self.epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < float("inf"):
+            raise ArgumentError(f"epsilon must be positive and finite, not {epsilon!r}", where="state")
 
     @classmethod
     def of(cls, choices: Mapping[str, Any] | State | None) -> State:
         """The state of a mapping as `chosen` or JSON gives it."""
         if isinstance(choices, State):
             return choices
+        if choices is not None and not isinstance(choices, Mapping):
+            raise ArgumentError(
+                f"a state is a mapping of choices, not {choices!r}", do="give state={'step': 120, 'matrix': 'inverse'}"
+            )
         choices = dict(choices or {})
         known = [f.name for f in fields(cls)]
         for name in choices:
             if name not in known:
                 raise ArgumentError(f"a state has no {name!r}", do=nearest(str(name), known))
-        if "slices" in choices:
-            choices["slices"] = _labels(choices["slices"], "slices")
-        if "entries" in choices:
-            choices["entries"] = tuple(_labels(entry, "entries") for entry in choices["entries"])
         return cls(**choices)
 
     def chosen(self) -> dict[str, Any]:
@@ -140,6 +155,12 @@ def _labels(value: Any, name: str) -> tuple[str, ...]:
     return tuple(str(label) for label in value)
 
 
+def _entries(value: Any) -> tuple[tuple[str, ...], ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ArgumentError(f"entries is a list of entries, each a list of group labels, not {value!r}", where="state")
+    return tuple(_labels(entry, "entries") for entry in value)
+
+
 @dataclass(frozen=True)
 class Offer:
     """What a Dataset lets one choose: the values of each control."""
@@ -171,6 +192,9 @@ def fitted(state: State, offer: Offer) -> tuple[State, list[str]]:
     matrix = state.matrix
     if matrix not in offer.matrices(order):
         matrix = "scale_free" if order > 2 else "H"
+        notes.append(f"There is no {MATRICES[state.matrix]} D{order}; what is shown is {MATRICES[matrix]}.")
+    if len(state.slices) > max(state.order - 2, 0):
+        notes.append(f"D{state.order} has fewer further indices than {listed(state.slices)}; the last are left out.")
     slices = tuple(s for s in state.slices[: max(order - 2, 0)])
     if gone := [s for s in slices if s not in offer.labels]:
         notes.append(f"No group is called {listed(gone)} in this grouping; the strongest slice is shown.")
@@ -182,6 +206,10 @@ def fitted(state: State, offer: Offer) -> tuple[State, list[str]]:
     run, at = _reference(state, offer, notes)
     known = set(offer.labels)
     entries = tuple(e for e in state.entries if len(e) == order and known.issuperset(e))
+    if gone := [g for g in dict.fromkeys(g for e in state.entries for g in e) if g not in known]:
+        notes.append(f"No group is called {listed(gone)} in this grouping; entries of it are left out.")
+    if any(len(e) != state.order for e in state.entries):
+        notes.append(f"Selected entries whose number of indices is not that of D{state.order} are left out.")
     found = state.but(
         step=step, order=order, matrix=matrix, slices=slices, block=block, compare_run=run, compare_step=at,
         entries=entries,
@@ -192,6 +220,8 @@ def fitted(state: State, offer: Offer) -> tuple[State, list[str]]:
 def _reference(state: State, offer: Offer, notes: list[str]) -> tuple[str, Any]:
     run, at = state.compare_run, state.compare_step
     if run == NO_RUN:
+        if at is not None:
+            notes.append(f"Nothing is subtracted: step {at} is of no run; choose compare_run as well.")
         return NO_RUN, None
     if run not in offer.runs:
         notes.append(f"There is no run {run!r} to compare with; give it in others={{name: Dataset}}.")
