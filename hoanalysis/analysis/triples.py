@@ -50,8 +50,8 @@ def triples(ds: xr.Dataset, top: int | None = None, *, distinct: bool = True) ->
         One row per triple (in the order of the Dataset): ``step``, ``rank``, ``group``, ``group2``, ``group3``, and the
         ``layer`` of each; ``value`` = D3_stu in loss with ``value_se``; ``scale_free`` = A_stu in loss^(-1/2) with
         ``scale_free_se``, the delete-one jackknife over the kept blocks; ``share`` = the sum of |A| over the entries
-        that are equal by symmetry, relative to the sum over all; ``significance`` = |value| / value_se. Triples with a
-        group without effect or without curvature are left out.
+        that are equal by symmetry, relative to the sum over all; ``significance`` = |scale_free| / scale_free_se, of what
+        ranks them. Triples with a group without effect or without curvature are left out.
 
     Raises `SchemaError` where D1, D2 or the full D3 is missing.
     """
@@ -74,7 +74,7 @@ def _triples(one: xr.Dataset, step: object, top: int | None, distinct: bool) -> 
     frame = pd.DataFrame(columns)
     total = _slice_sizes(groups, t).sum()
     frame["share"] = _multiplicity(at) * frame["scale_free"].abs() / total if total > 0 else np.nan
-    frame["significance"] = frame["value"].abs() / frame["value_se"].where(frame["value_se"] > 0)
+    frame["significance"] = frame["scale_free"].abs() / frame["scale_free_se"].where(frame["scale_free_se"] > 0)
     order = frame["scale_free"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order].dropna(subset=["scale_free"]).reset_index(drop=True)
     frame.insert(1, "rank", np.arange(1, len(frame) + 1))

@@ -15,9 +15,10 @@ the given data and on theta_s, both at the start of the step, every product is i
 
 Least squares over the pairs of neighbouring steps of a chain gives mu, lr_s and k >= 0. The batch's own noise has mean
 zero in both lines, so that it widens the errors: a delete-one jackknife over the pairs, to which mu adds how far the
-groups disagree on it. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the given data, which
-no error here counts: on LeNet-5 by up to 2 with 512 images, and by more with fewer (the attribute ``status`` says so).
-For another optimizer than SGD, lr_s still is the rate at which the group follows its gradient.
+groups disagree on it. Where k is at its bound 0, its error is that of the fit without bounds: a bound that holds in every
+replicate leaves nothing to spread. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the given
+data, which no error here counts: on LeNet-5 by up to 2 with 512 images, and by more with fewer (the attribute
+``status`` says so). For another optimizer than SGD, lr_s still is the rate at which the group follows its gradient.
 
 Where the log has the rate a_j of each step, what is fitted is lr_s as a multiple of a_j, and with it mu as PyTorch
 defines it, u' = -a' v' with v' = mu v + g: a schedule that changes the rate a little at every step is divided out. A
@@ -42,7 +43,7 @@ Equations = tuple[Array, Array]
 
 PAIRS = 3  # of neighbouring steps, the fewest that are fitted: two equations a group each for S + 2 unknowns
 CUT = 1.25  # between the rates of two steps in the log: above it a chain is cut, below it they are divided out
-FEW = 512  # images, below which the rates are low by more than 2
+FEW = 512  # images, up to which the rates are low by a factor of 2 or more
 TRUSTED = 0.5  # of the measured change: a step whose prediction is further off does not give its slope at the end
 
 
@@ -87,7 +88,7 @@ def update_rule(
     ds
         Summaries along ``to:next``, of order 2 or more.
     gradient, weights
-        Summaries of the same checkpoints along these directions. Without ``weights``, weight decay is not told.
+        Summaries of the same checkpoints along these directions. Without ``weights``, ``decay`` is NaN.
     log
         The training log, with columns ``step`` and ``learning_rate``: its changes are divided out, and cut chains where
         they are large.
@@ -117,6 +118,8 @@ def update_rule(
         counts.append(len(equations))
         if len(equations) >= PAIRS:
             values[i] = _fitted(equations, s) * parts.unit(chain, s)
+    if weights is None:
+        values[:, :, 2] = np.nan
     labels = step_labels(ds)
     data: dict = {"pairs": ("chain", np.array(counts, dtype=int), {"long_name": "pairs of steps", "units": "1"})}
     for row, suffix, title in ((0, "", "{}"), (1, "_se", "standard error of {}")):
@@ -133,11 +136,11 @@ def update_rule(
 
 def _status(gradient: xr.Dataset) -> str:
     n = float(gradient.attrs.get("n_samples", np.nan))
-    if not n < FEW:
+    if not n <= FEW:
         return ""
     return (
-        f"low rates: the gradient is over {n:g} samples, and the noise in it makes the rates come out low, by more "
-        f"than 2 below {FEW} images of MNIST and differently by group. Summarize on more data."
+        f"low rates: the gradient is over {n:g} samples, and the noise in it makes the rates come out low, by up to 2 "
+        f"with {FEW} images of MNIST, by more with fewer and differently by group. Summarize on more data."
     )
 
 
@@ -232,12 +235,17 @@ def _refuse_other(ds: xr.Dataset, other: xr.Dataset | None, name: str) -> None:
 def _fitted(equations: Sequence[Equations], s: int) -> Array:
     """Shape (2, 3 + S): (lr, mu, k, lr_1..lr_S) and their errors: the jackknife over pairs; of mu, which is one number
     for all groups, with the spread of what the groups show alone."""
-    value = _solved(equations, s)
-    n = len(equations)
-    without = np.array([_solved([e for j, e in enumerate(equations) if j != i], s) for i in range(n)])
-    error = np.sqrt((n - 1) / n * ((without - value) ** 2).sum(0))
+    value, error = _jackknife(equations, s)
+    if value[2] == 0:
+        error[2] = _jackknife(equations, s, lowest=-np.inf)[1][2]
     error[1] = np.hypot(error[1], _disagreement(equations, s, decay=value[2]))
     return np.stack([value, error])
+
+
+def _jackknife(equations: Sequence[Equations], s: int, lowest: float = 0.0) -> tuple[Array, Array]:
+    value, n = _solved(equations, s, lowest), len(equations)
+    without = np.array([_solved([e for j, e in enumerate(equations) if j != i], s, lowest) for i in range(n)])
+    return value, np.sqrt((n - 1) / n * ((without - value) ** 2).sum(0))
 
 
 def _disagreement(equations: Sequence[Equations], s: int, decay: float) -> float:
@@ -253,19 +261,19 @@ def _disagreement(equations: Sequence[Equations], s: int, decay: float) -> float
     return float(np.std(alone, ddof=1) / np.sqrt(len(alone))) if len(alone) > 1 else 0.0
 
 
-def _solved(equations: Sequence[Equations], s: int) -> Array:
+def _solved(equations: Sequence[Equations], s: int, lowest: float = 0.0) -> Array:
     left, right = (np.concatenate(parts) for parts in zip(*equations, strict=True))
-    own = _bounded(left, right)
-    shared = _bounded(np.column_stack([left[:, :2], left[:, 2:].sum(1)]), right)
+    own = _bounded(left, right, lowest)
+    shared = _bounded(np.column_stack([left[:, :2], left[:, 2:].sum(1)]), right, lowest)
     return np.concatenate([shared[2:], own[:2], own[2:]])
 
 
-def _bounded(left: Array, right: Array) -> Array:
-    """Least squares with mu >= 0 and k >= 0; unknowns that no equation has (a group that does not move) are 0."""
+def _bounded(left: Array, right: Array, lowest: float = 0.0) -> Array:
+    """Least squares with mu and k at least ``lowest``; unknowns that no equation has (a group that does not move) are 0."""
     has = np.abs(left).sum(0) > 0
     out = np.zeros(left.shape[1])
     lower = np.full(left.shape[1], -np.inf)
-    lower[:2] = 0.0
+    lower[:2] = lowest
     if len(right) and has.any():
         scale = np.sqrt((left[:, has] ** 2).sum(0))
         out[has] = lsq_linear(left[:, has] / scale, right, (lower[has], np.inf), method="bvls").x / scale

@@ -41,7 +41,7 @@ def test_triples_are_ranked_by_their_scale_free_entry(distinct):
         np.testing.assert_allclose(part.value, [one.D3.values[i] for i in at])
         np.testing.assert_allclose(part.value_se, [one.D3_se.values[i] for i in at])
         np.testing.assert_allclose(part.scale_free, [free[i] for i in at], rtol=1e-12)
-        np.testing.assert_allclose(part.significance, [abs(one.D3.values[i]) / one.D3_se.values[i] for i in at])
+        np.testing.assert_allclose(part.significance, part.scale_free.abs() / part.scale_free_se)
         equal = [sum(sorted(j) == sorted(i) for j in itertools.product(range(4), repeat=3)) for i in at]
         sizes = [n * abs(free[i]) for n, i in zip(equal, at, strict=True)]
         np.testing.assert_allclose(part.share, np.array(sizes) / np.abs(free).sum(), rtol=1e-12)

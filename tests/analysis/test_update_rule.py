@@ -43,7 +43,8 @@ def test_without_the_weights_decay_is_not_told():
     found = rule(model, train(model, 8, rates=0.03, momentum=0.5), weights=False).isel(chain=0)
     assert_allclose(found.learning_rates, 0.03, rtol=1e-6)
     assert_allclose(found.momentum, 0.5, atol=1e-6)
-    assert found.decay == 0
+    assert np.isnan(found.decay)
+    assert np.isnan(found.decay_se)
 
 
 def test_with_the_noise_of_batches_the_errors_say_how_far_off_it_is():
@@ -145,5 +146,27 @@ def test_rates_on_few_samples_carry_a_warning():
     model = Cubic()
     ds = series(model, train(model, 8))
     assert "on more data" in update_rule(ds["to:next"], ds["gradient"]).attrs["status"]
-    many = ds["gradient"].assign_attrs(n_samples=512)
+    few, many = (ds["gradient"].assign_attrs(n_samples=n) for n in (512, 513))
+    assert "over 512 samples" in update_rule(ds["to:next"], few).attrs["status"]
     assert update_rule(ds["to:next"], many).attrs["status"] == ""
+
+
+def test_decay_at_its_bound_has_the_error_of_the_fit_without_bounds():
+    """Steps that move away from 0 are fitted by no decay, whichever pair is left out; the jackknife is by plain lstsq."""
+    points = train(Cubic(spread=0.3), 9, rates=0.03, momentum=0.5, decay=-2.0, seed=1)
+    ds = series(Cubic(spread=0.3), points)
+    found = update_rule(ds["to:next"], ds["gradient"], ds["weights"]).isel(chain=0)
+    parts = _Parts(ds["to:next"], ds["gradient"], ds["weights"])
+    pairs = [e for i in range(len(points) - 2) if (e := parts.equations(i)) is not None]
+    assert len(pairs) == found.pairs
+
+    def free(kept):
+        left, right = (np.concatenate(p) for p in zip(*kept, strict=True))
+        return np.linalg.lstsq(left, right)[0][1]
+
+    without = np.array([free([e for j, e in enumerate(pairs) if j != i]) for i in range(len(pairs))])
+    assert (without < 0).all()
+    assert found.decay == 0
+    expected = np.sqrt((len(pairs) - 1) / len(pairs) * ((without - free(pairs)) ** 2).sum())
+    assert expected > 0
+    assert_allclose(found.decay_se, expected, rtol=1e-6)
