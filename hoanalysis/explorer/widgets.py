@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from hoanalysis.errors import HoError
 from hoanalysis.explorer import figures, words
 from hoanalysis.explorer.controls import Controls
+from hoanalysis.explorer.frontend import live
 from hoanalysis.explorer.session import Session, View, told
 from hoanalysis.explorer.state import State
 
@@ -29,20 +30,6 @@ if TYPE_CHECKING:
     from hoanalysis.explorer.background import Filling
 
 IDLE, POLL = 1.5, 1.0  # seconds: until the static picture follows the widgets, and between two looks at a store
-
-
-def live() -> bool:
-    """Whether somebody can move a slider: a kernel whose frontend could answer a question. Papermill's could not."""
-    import sys
-
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return False
-    try:
-        return bool(kernel.get_parent("shell")["content"].get("allow_stdin"))
-    except (KeyError, TypeError, AttributeError):
-        return False
 
 
 class Explorer:
@@ -58,7 +45,7 @@ class Explorer:
 
     def __init__(self, session: Session, state: State, filling: Filling | None = None, source: str = "") -> None:
         self.session, self.filling, self._source = session, filling, source
-        self._state = session.fitted(state)[0] if state.step is not None or filling is None else state
+        self._choose(state)
         self._controls: Controls | None = None
         self._timer: Any = None
         self._drawn: dict[str, Any] = {}
@@ -68,21 +55,31 @@ class Explorer:
 
     # ---- without widgets -------------------------------------------------------------------------------------------
 
+    def _choose(self, asked: State) -> None:
+        """Ask for a view. What of it cannot be shown stays asked for, so that every view of it says so.
+
+        Without a step the last computed checkpoint is shown, and stays shown once there is one.
+        """
+        state, offer, _ = self.session.fitted(asked)
+        pinned = asked.step is not None or (self.filling is not None and not offer.computed)
+        self._asked = asked if pinned else asked.but(step=state.step)
+
     @property
     def state(self) -> dict[str, Any]:
-        """What was chosen, as JSON values; assign such a mapping to choose."""
-        return self._state.chosen()
+        """What is chosen and can be shown, as JSON values; assign such a mapping to choose."""
+        state = self.session.fitted(self._asked)[0]
+        return (state if self._asked.step is not None else state.but(step=None)).chosen()
 
     @state.setter
     def state(self, choices: Mapping[str, Any] | State) -> None:
-        self._state = self.session.fitted(State.of(choices))[0]
+        self._choose(State.of(choices))
         if self._controls is not None:
             self._show()
 
     @property
     def view(self) -> View:
         """The numbers that are drawn: ``view.shown.values`` with ``errors``, ``rows`` and ``columns``."""
-        return self.session.view(self._state)
+        return self.session.view(self._asked)
 
     @property
     def sentence(self) -> str:
@@ -95,7 +92,7 @@ class Explorer:
 
     def figure(self) -> Figure:
         """All panels as a matplotlib Figure."""
-        return figures.whole(self.session, self._state)
+        return figures.whole(self.session, self._asked)
 
     @property
     def code(self) -> str:
@@ -108,11 +105,11 @@ class Explorer:
             source = f"ho.open_store({str(self.filling.store)!r}, {self.filling.name!r})"
         else:
             source = self._source or words.name_of(self.session.given, names)
-        run = self._state.compare_run
+        run = self._asked.compare_run
         others = (
             {run: words.name_of(self.session.given_others[run], names, run)} if run in self.session.given_others else {}
         )
-        return words.code(self._state, source, others)
+        return words.code(self._asked, source, others)
 
     def export(self) -> tuple[bytes, str]:
         """The figure as PNG, and the line of code that makes it."""
@@ -127,7 +124,7 @@ class Explorer:
         if self.filling is not None:
             self.filling.finish()
             self.session.update(self.filling.dataset())
-            self._state = self.session.fitted(self._state)[0]
+            self._choose(self._asked)
         return self
 
     # ---- in a notebook ---------------------------------------------------------------------------------------------
@@ -136,7 +133,8 @@ class Explorer:
     def controls(self) -> Controls:
         """The widgets by name: ``explorer.controls.step.value = 120`` moves the slider. Made on first use."""
         if self._controls is None:
-            self._controls = Controls(self._state, self.session.offer(self._state), self.filling is not None)
+            state, offer, _ = self.session.fitted(self._asked)
+            self._controls = Controls(state, offer, self.filling is not None)
             self._connect(self._controls)
             self._show()
         return self._controls
@@ -194,17 +192,17 @@ class Explorer:
 
     def _changed(self, chosen: State) -> None:
         self.session.grouping(chosen)  # a pattern that matches nothing is said, and stays to be corrected
-        self._state = self.session.fitted(chosen)[0]
-        self._show(chosen)
+        self._choose(chosen)
+        self._show()
 
-    def _show(self, asked: State | None = None) -> None:
+    def _show(self) -> None:
         """Draw what has changed, and let the controls offer what can be chosen now."""
         controls = self._controls
         assert controls is not None
-        state, offer, notes = self.session.fitted(asked or self._state)
-        view = self.session.view(state)
+        state, offer, _ = self.session.fitted(self._asked)
+        view = self.view
         controls.update(state, offer, words.choices(view))
-        controls.sentence.value = html.escape(" ".join([words.sentence(view), *notes]))
+        controls.sentence.value = html.escape(words.sentence(view))
         for name, image in controls.images.items():
             if name in ("matrix", state.panel):
                 self._draw(name, state, image)
@@ -259,10 +257,8 @@ class Explorer:
         running = filling.running  # first: what ends now is read once more
         ds = filling.grown()
         if ds is not None:
-            follows = self._state.step is None
             self.session.update(ds)
-            state = self.session.fitted(self._state)[0]
-            self._state = self._state if follows and not self.session.offer(state).computed else state
+            self._choose(self._asked)
             self._show()
         controls.progress_of(self.session.ds, running, filling.stopping, _why(filling.error))
 

@@ -1,0 +1,132 @@
+"""Choices that cannot be shown as asked: an error in the user's words, or a note wherever the view is told."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hoanalysis as ho
+from hoanalysis.analysis.example import example
+from hoanalysis.errors import ArgumentError, HoError
+from hoanalysis.explorer import State, figures
+from hoanalysis.explorer.session import Session
+
+
+@pytest.fixture(scope="module")
+def ds():
+    return example(layers=3, size=3, steps=4)
+
+
+WRONG = [
+    ("x", "mapping of choices"),
+    ([1], "mapping of choices"),
+    (5, "mapping of choices"),
+    ({"entries": 3}, "list of entries"),
+    ({"entries": "abc"}, "list of entries"),
+    ({"entries": [3]}, "lists of group labels"),
+    ({"slices": {"a": 1}}, "lists of group labels"),
+    ({"grouping": "pattern", "pattern": None}, "pattern is a text, not None"),
+    ({"block": [1]}, "block is a text"),
+    ({"compare_run": 3}, "compare_run is a text"),
+    ({"step": [7]}, "step is the step of one checkpoint"),
+    ({"step": np.array([7])}, "step is the step of one checkpoint"),
+    ({"compare_run": "this run", "compare_step": {}}, "compare_step is the step of one checkpoint"),
+    ({"order": 2.5}, "order is a whole number"),
+    ({"order": True}, "order is a whole number"),
+    ({"n_blocks": np.int64(0)}, "n_blocks is a whole number"),
+    ({"epsilon": True}, "epsilon must be positive"),
+    ({"epsilon": float("nan")}, "epsilon must be positive"),
+    ({"matrix": ["H"]}, "unknown choice"),
+    ({3: 4}, "a state has no 3"),
+]
+
+
+@pytest.mark.parametrize(("state", "words"), WRONG, ids=[repr(s)[:40] for s, _ in WRONG])
+def test_a_wrong_state_is_an_error_in_words(ds, state, words):
+    with pytest.raises(ArgumentError, match=words):
+        ho.explore(ds, state=state)
+    explorer = ho.explore(ds, state={"step": 10})
+    with pytest.raises(ArgumentError, match=words):
+        explorer.state = state
+    assert explorer.state == {"step": 10}  # what was shown stays
+
+
+def test_numbers_of_numpy_are_numbers(ds):
+    labels = ds.group.values
+    state = State(step=ds.step.values[1], order=np.int64(3), slices=[labels[0]], epsilon=np.float32(0.5),
+                  mask=np.True_, n_blocks=np.int32(2))  # fmt: skip
+    assert state == State(step=10, order=3, slices=("layer0.weight",), epsilon=0.5, mask=True)
+    kept = ho.explore(ds, state=state).state
+    assert all(type(v) in (int, float, bool, str, list) for v in kept.values()), kept
+
+
+def test_wrong_runs_are_errors_in_words(ds):
+    none = ds.isel(group=[], group2=[], group3=[])
+    for others, words in (
+        ({"a": 3}, "a run is a Dataset of summaries"),
+        ([ds], "mapping of names to Datasets"),
+        ({"a": none}, "no groups"),
+        ({"this run": ds}, "cannot be called"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            ho.explore(ds, others=others)
+    for source, words in ((none, "no groups"), (3, "nothing to explore"), (None, "nothing to explore")):
+        with pytest.raises(HoError, match=words):
+            ho.explore(source)
+    with pytest.raises(ArgumentError, match="a run is a Dataset"):
+        Session(ds.D2)
+
+
+def test_a_run_without_checkpoints_to_compare_with_is_said(ds):
+    explorer = ho.explore(ds, others={"empty": ds.isel(step=[])}, state={"compare_run": "empty"})
+    assert explorer.sentence.startswith("The run 'empty' has no checkpoints.")
+    assert explorer.figure().axes
+
+
+NOT_HERE = [
+    ({"step": 7}, "There is no checkpoint at step 7", {"step": 30}),
+    ({"step": "last"}, "There is no checkpoint at step last", {"step": 30}),
+    ({"order": 9}, "D9 is not stored in full; D3 is shown.", {"step": 30, "order": 3}),
+    ({"compare_run": "other"}, "There is no run 'other' to compare with", {"step": 30}),
+    ({"compare_step": 10}, "Nothing is subtracted", {"step": 30}),
+    (
+        {"compare_run": "this run", "compare_step": 7},
+        "no checkpoint at step 7",
+        {"step": 30, "compare_run": "this run"},
+    ),
+    ({"block": "XX"}, "There is no block XX", {"step": 30}),
+    ({"order": 3, "slices": ["nope"]}, "No group is called 'nope'", {"step": 30, "order": 3}),
+    ({"slices": ["layer0.bias"]}, "D2 has fewer further indices", {"step": 30}),
+    ({"entries": [["a", "layer0.bias"]]}, "No group is called 'a'", {"step": 30}),
+    ({"entries": [["layer0.bias"]]}, "number of indices is not that of D2", {"step": 30}),
+    ({"order": 1, "matrix": "inverse"}, "There is no inverse D1", {"step": 30, "order": 1}),
+    ({"grouping": "pattern", "pattern": "zzz*"}, "matches no group", {"step": 30, "pattern": "zzz*"}),
+]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at first", "set later"])
+@pytest.mark.parametrize(("state", "note", "shown"), NOT_HERE, ids=[repr(s)[:40] for s, _, _ in NOT_HERE])
+def test_what_cannot_be_shown_as_asked_is_said_in_sentence_caption_and_widgets(ds, state, note, shown, later):
+    if later:
+        explorer = ho.explore(ds)
+        assert explorer.controls
+        explorer.state = state
+    else:
+        explorer = ho.explore(ds, state=state)
+    assert explorer.state == shown
+    assert note in explorer.sentence
+    caption = explorer.figure().texts[0].get_text().replace("\n", " ")
+    assert note in caption
+    assert note in Image.open(io.BytesIO(explorer.export()[0])).text["Description"]
+    assert note.replace("'", "&#x27;") in explorer.controls.sentence.value
+    explorer.controls.mask.value = True  # the next choice is made of what is shown, and nothing more is amiss
+    assert note not in explorer.sentence
+    assert note.replace("'", "&#x27;") not in explorer.controls.sentence.value
+
+
+def test_the_line_of_a_view_that_could_not_be_shown_as_asked_makes_the_same_picture(ds):
+    explorer = ho.explore(ds, state={"step": 7, "order": 9, "block": "XX"})
+    picture, line = explorer.export()
+    again = figures.png(eval(line, {"ho": ho, "ds": ds}))
+    assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(p))) for p in (picture, again)))
