@@ -25,7 +25,7 @@ STYLE = """<style>
   content: "Disconnected: the kernel was restarted or is gone. Run this cell again to go on; this is the last view.";
   color: #b2182b; font-family: inherit; font-size: 13px; background: none; width: auto; height: auto}
 </style>"""
-SAME_STEP = "the same step"
+SAME_STEP, BEFORE = "the same step", "the checkpoint before"
 NOT = ""  # a choice of nothing: a widget shows None as no choice at all
 WRAPPED = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "2px 10px"}
 Choice = tuple[str, Any]
@@ -154,6 +154,8 @@ class Controls:
             self._state = state
             _offer(self.step, _steps(offer), _or_not(state.step))
             self.play.max = max(len(offer.steps) - 1, 0)
+            if not self.play.playing and state.step in offer.steps:
+                self.play.value = offer.steps.index(state.step)  # play goes on from here; from the last it starts over
             _offer(self.order, _orders(offer), state.order)
             _offer(self.matrix, _matrices(offer, state.order), state.matrix)
             for k, chooser in enumerate(self.slices):
@@ -172,7 +174,8 @@ class Controls:
             _offer(self.compare_run, runs, state.compare_run)
             self.compare_step.layout.display = "" if state.compare_run else "none"
             steps = offer.runs.get(state.compare_run or THIS_RUN, ())
-            _offer(self.compare_step, [(SAME_STEP, NOT), *((str(s), s) for s in steps)], _or_not(state.compare_step))
+            first = BEFORE if state.compare_run == THIS_RUN else SAME_STEP
+            _offer(self.compare_step, [(first, NOT), *((str(s), s) for s in steps)], _or_not(state.compare_step))
             held = {value for _, value in entries}
             _offer(self.entries, entries, tuple(e for e in state.entries if e in held))
             self.panel.selected_index = list(PANELS).index(state.panel)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 KEPT = 1024  # results; a matrix of S = 100 groups with its errors takes 160 kB
 TAUS = np.linspace(0.0, 2.0, 41)
 TRAJECTORIES = 5
+SAME = "exactly 0: both are the same checkpoint"
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,12 @@ class Session:
         if len(pairs) == 1:
             e = estimates[0]
             return Shown(e.labels, e.labels, e.value(), e.error(), e.title, e.units)
+        if pairs[0][1:] == pairs[1][1:]:
+            e = estimates[0]
+            nothing = (
+                e.value() - e.value()
+            )  # 0, and NaN where there is no number; both errors are those of one estimate
+            return Shown(e.labels, e.labels, nothing, nothing, f"difference of the {e.title}", e.units, SAME)
         return difference(estimates[0], estimates[1], points[0].light, points[1].light)
 
     def _told_slices(self, state: State) -> State:
@@ -248,15 +255,26 @@ class Session:
             steps = self.offer(state).runs[state.compare_run]
             step = state.compare_step
             if step is None:
-                step = state.step if state.step in steps else next(reversed(steps), None)
+                step = self._compared_first(state)
             if not steps:
                 raise ArgumentError(f"the run {state.compare_run!r} has no checkpoints", do="compare with another run")
             found.append((f"{state.compare_run}, step {step}", state.compare_run, step))
         return found
 
+    def _compared_first(self, state: State) -> Any:
+        """The step that a comparison begins with: of this run the checkpoint before, of another the same step."""
+        steps = self.offer(state).runs[state.compare_run]
+        if state.compare_run != THIS_RUN:
+            return state.step if state.step in steps else next(reversed(steps), None)
+        before = steps[: steps.index(state.step)]
+        done = set(self.offer(state).computed)
+        return next((s for s in reversed(before) if s in done), state.step)
+
     def _reference(self, state: State) -> str:
         pairs = self._compared(state)
-        return pairs[1][0] if len(pairs) > 1 else ""
+        if len(pairs) < 2:
+            return ""
+        return f"{pairs[1][0]} (the same checkpoint)" if pairs[0][1:] == pairs[1][1:] else pairs[1][0]
 
     def _at(self, run: str, step: Any) -> xr.Dataset:
         ds = self.runs()[run]

@@ -53,7 +53,8 @@ class State:
     regularization, epsilon
         Of learning rates, the inverse and the Taylor prediction; see `analysis.steps.learning_rates`.
     compare_run, compare_step
-        What is subtracted: ``""`` nothing, ``"this run"`` or the name of another; and its step (None: the same one).
+        What is subtracted: ``""`` nothing, ``"this run"`` or the name of another; and its step (None: the checkpoint
+        before of this run, the same step of another).
     entries
         The entries whose trajectories are drawn, each a list of labels of its rows, columns (and slices); empty: the
         strongest of what is shown.

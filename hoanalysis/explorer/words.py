@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hoanalysis.explorer.session import View, entry_name, ranked
+from hoanalysis.explorer.session import SAME, View, entry_name, ranked
 from hoanalysis.explorer.state import ALL, GROUPINGS, State
 
 
@@ -47,6 +47,8 @@ def _regularized(state: State) -> str:
 def _strongest(view: View) -> str:
     assert view.shown is not None
     found = ranked(view.shown, view.state)
+    if found and view.shown.how == SAME:
+        return f"Every difference is {SAME}."
     if not found:
         return "Nothing here is a number: no entry is computed, or no group has an effect."
     (entry, value, error), *_ = found
@@ -58,6 +60,8 @@ def _unsettled(view: View) -> str:
     """How many entries are within two standard errors of 0; each pair counted once."""
     assert view.whole is not None
     shown = view.whole
+    if shown.how == SAME:
+        return ""
     known = np.isfinite(shown.values) & np.isfinite(shown.errors)
     once = np.triu(known) if known.ndim == 2 and shown.rows == shown.columns else known
     if not once.any():

@@ -1,9 +1,12 @@
 """Choices that cannot be shown as asked: an error in the user's words, or a note wherever the view is told."""
 
 import io
+import json
+import time
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from PIL import Image
 
 import hoanalysis as ho
@@ -130,3 +133,61 @@ def test_the_line_of_a_view_that_could_not_be_shown_as_asked_makes_the_same_pict
     picture, line = explorer.export()
     again = figures.png(eval(line, {"ho": ho, "ds": ds}))
     assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(p))) for p in (picture, again)))
+
+
+def test_this_run_is_compared_with_the_checkpoint_before(ds):
+    explorer = ho.explore(ds, state={"step": 20, "compare_run": "this run"})
+    assert "minus this run, step 10" in explorer.sentence
+    assert_allclose(explorer.view.shown.values, (ds.D2[2] - ds.D2[1]).values, rtol=1e-12)
+    assert explorer.controls.compare_step.options[0][0] == "the checkpoint before"
+    explorer.state = {"step": 20, "compare_run": "this run", "compare_step": 30}
+    assert_allclose(explorer.view.shown.values, (ds.D2[2] - ds.D2[3]).values, rtol=1e-12)
+    gap = ds.where(ds.step != 10)  # the one before is not computed: the last that is
+    assert "minus this run, step 0" in ho.explore(gap, state={"step": 20, "compare_run": "this run"}).sentence
+
+
+@pytest.mark.parametrize("choice", [{"step": 0}, {"step": 20, "compare_step": 20}])
+@pytest.mark.parametrize("view", [{}, {"matrix": "inverse"}, {"order": 1}, {"order": 3}])
+def test_a_checkpoint_minus_itself_is_zero_without_error_and_says_so(ds, choice, view):
+    explorer = ho.explore(ds, state={"compare_run": "this run", **choice, **view})
+    assert not explorer.view.shown.values.any()
+    assert not explorer.view.shown.errors.any()
+    assert f"minus this run, step {choice['step']} (the same checkpoint)" in explorer.sentence
+    assert "Every difference is exactly 0: both are the same checkpoint." in explorer.sentence
+    assert "standard errors of zero" not in explorer.sentence
+
+
+def test_checkpoints_of_one_run_with_recorded_data_are_paired(ds):
+    stored = ds.assign_attrs(provenance=json.dumps({"data": "sha"}))
+    for by in ({}, {"grouping": "layer"}):
+        explorer = ho.explore(stored, state={"step": 20, "compare_run": "this run", **by})
+        assert "Errors of the difference are paired by block." in explorer.sentence
+    assert "are independent" in ho.explore(ds, state={"step": 20, "compare_run": "this run"}).sentence
+
+
+def test_play_starts_where_the_slider_is(ds):
+    """The widget itself starts over where its value is its last, so its value has to follow the slider."""
+    explorer = ho.explore(ds)
+    play = explorer.controls.play
+    assert play.value == play.max == 3
+    explorer.controls.step.value = 10
+    assert play.value == 1
+    play.playing = True  # then the browser leads, and an answer that is late must not pull it back
+    explorer.controls.step.value = 20
+    assert play.value == 1
+
+
+def test_a_move_of_the_slider_is_redrawn_quickly_enough():
+    """Processor time in the kernel at S = 18 and order 3, the quickest of several; a wide bound for slow machines.
+
+    benchmarks/explorer.py measures what a user waits for.
+    """
+    explorer = ho.explore(example(layers=9, size=2, steps=8), state={"step": 0, "order": 3})
+    step = explorer.controls.step
+    times = []
+    for value in (10, 20, 30, 40, 50, 60, 70):
+        before = time.process_time()
+        step.value = value
+        times.append(time.process_time() - before)
+    assert f"Step {value}" in explorer.sentence
+    assert min(times[1:]) < 0.3, times

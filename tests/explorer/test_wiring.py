@@ -38,7 +38,7 @@ def test_each_control_gives_its_state_and_another_picture(explorer, ds):
         ("block", "BB", "block BB"),
         ("scale", "linear", "block BB"),
         ("mask", True, "hidden"),
-        ("compare_run", "this run", "minus this run, step 20"),
+        ("compare_run", "this run", "minus this run, step 10"),
         ("compare_step", 0, "minus this run, step 0"),
         ("grouping", "blocks", "2 blocks"),
         ("n_blocks", 4, "4 blocks"),
@@ -80,6 +80,13 @@ def test_the_selected_entries_are_told_with_errors(explorer, ds):
     one = ds.sel(step=0, group=entry[0], group2=entry[1])
     assert_allclose([row["value"], row["standard error"]], [one.D2.item(), one.D2_se.item()])
     assert f"{one.D2.item():.4g}" in explorer.controls.values.value
+
+
+def test_entries_of_the_same_groups_in_other_numbers_are_not_confused(explorer, ds):
+    a, b = ds.group.values[:2].tolist()
+    explorer.state = {"step": 0, "order": 3, "slices": [a], "entries": [[a, b, a], [b, b, a], [a, a, a]]}
+    expected = [ds.D3[0].sel(group=g, group2=h, group3=a).item() for g, h in ((a, b), (b, b), (a, a))]
+    assert_allclose(explorer.table()["value"], expected)
 
 
 def test_a_pattern_that_matches_nothing_is_said_and_stays_to_be_corrected(explorer):
