@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from IPython.display import HTML
+from IPython.display import HTML, display
 
 from hoanalysis import schema
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
@@ -20,6 +20,8 @@ from hoanalysis.analysis.findings import pm
 from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
 from hoanalysis.analysis.update_rule import update_rule
 from hoanalysis.analysis.verdict import Break
+from hoanalysis.explorer import explore
+from hoanalysis.explorer.frontend import live
 
 LONGEST_CELL, LONGEST_LINE, SENTENCE = 300, 1000, 60  # characters
 
@@ -65,6 +67,17 @@ def heading(title: str, *paragraphs: str) -> HTML:
     """The heading of a section that is there only where there is something to show, and what it shows."""
     text = "".join(f"<p>{html.escape(readable(p))}</p>" for p in paragraphs)
     return HTML(f"<h2>{html.escape(readable(title))}</h2>{text}")
+
+
+def view(ds: xr.Dataset, state: Mapping[str, Any], still: Callable[[], object]) -> None:
+    """A section with two lives: `hoanalysis.explore` from ``state`` on, where somebody can move a slider.
+
+    Where nobody can, as under papermill, ``still`` draws the figures instead, and no widget is made.
+    """
+    if live():
+        display(explore(ds, state=state))
+    else:
+        still()
 
 
 def series(ds: xr.Dataset, others: Mapping[str, str]) -> dict[str, xr.Dataset]:

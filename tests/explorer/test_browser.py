@@ -39,23 +39,37 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ds():
-    return example(layers=3, size=3, steps=4)
+    told = {"n_batches": 8, "sha256": "0" * 64, "engine": "tangents", "self_check": 0.0}
+    made = example(layers=3, size=3, steps=4)
+    return made.drop_vars(list(told), errors="ignore").assign_coords({n: ("step", [v] * 4) for n, v in told.items()})
+
+
+def about(root: Path, name: str, parameters: str) -> None:
+    """A notebook of ours with other parameters."""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = parameters
+    nbformat.write(notebook, root / name)
 
 
 @contextmanager
 def serve(root: Path, ds):
-    """A JupyterLab with a token of its own: the address of explore.ipynb with the path of ``ds``, and its file."""
+    """A JupyterLab with a token of its own: the address of explore.ipynb with the path of ``ds``, and its file.
+
+    Beside it is report.ipynb on the same Dataset.
+    """
     path = export(ds, root / "run.nc")
-    notebook = nbformat.read(ROOT / "notebooks" / "explore.ipynb", as_version=4)
-    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    parameters.source = f"path = {str(path)!r}\nstore = None"
-    nbformat.write(notebook, root / "explore.ipynb")
+    about(root, "explore.ipynb", f"path = {str(path)!r}\nstore = None")
+    about(root, "report.ipynb", f"dataset = {str(path)!r}\nothers, log, title = {{}}, None, 'example'")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     settings = root / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
+    settings = root / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir()  # all cells at once: a test reads what is scrolled away too
+    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
     own = {n: str(root / n.lower()) for n in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
@@ -92,14 +106,19 @@ def opened(address: str):
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1500})
-        page.set_default_timeout(PATIENCE)
-        page.goto(address)
-        page.wait_for_selector(".jp-Notebook .jp-Cell")
-        run_all(page)
-        page.wait_for_selector(".ho-live .ho-sentence")
-        yield page
+        yield executed(browser, address)
         browser.close()
+
+
+def executed(browser, address: str):
+    """A new page of the browser with the notebook, once its first explorer is there."""
+    page = browser.new_page(viewport={"width": 1500, "height": 1500})
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    run_all(page)
+    page.wait_for_selector(".ho-live .ho-sentence", state="attached")
+    return page
 
 
 def move_times(address: str, moves: int) -> list[float]:
@@ -156,21 +175,21 @@ def sentence_with(page, *words) -> str:
     return page.inner_text(".ho-sentence")
 
 
-def picture(page) -> bytes:
-    """The bytes of the matrix that the browser shows."""
-    code = """async () => {
-        const blob = await (await fetch(document.querySelector('.ho-live img').src)).arrayBuffer();
-        return Array.from(new Uint8Array(blob)); }"""
-    return bytes(page.evaluate(code))
+def picture(page, explorer: int = 0) -> bytes:
+    """The bytes of the matrix that the browser shows, in one of the explorers of the page."""
+    code = """async (i) => {
+        const image = document.querySelectorAll('.ho-live')[i].querySelector('img');
+        return Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer())); }"""
+    return bytes(page.evaluate(code, explorer))
 
 
-def shows(page, values):
+def shows(page, values, explorer: int = 0):
     """The picture shows these numbers, by the colours of its cells (a linear scale)."""
     top = np.abs(values).max()
     expected = matplotlib.colormaps["RdBu_r"](Normalize(-top, top)(values))[..., :3] * 255
     end = time.monotonic() + 60
     while True:
-        seen = colours(picture(page))
+        seen = colours(picture(page, explorer))
         if seen.shape == expected.shape and np.abs(seen - expected).max() <= 2:
             return
         assert time.monotonic() < end, (seen.shape, expected.shape)
@@ -231,6 +250,40 @@ def test_every_control_changes_picture_and_sentence_to_the_right_values(page, ds
     assert len(figure.axes) >= 4
     if shots := os.environ.get("HOANALYSIS_SCREENSHOTS"):
         page.screenshot(path=str(Path(shots) / "explorer.png"))
+
+
+LIVE = ["pseudo-Hessian", "D3, slice of", "inverse of the pseudo-Hessian", "scale-free", "minus this run, step 0"]
+
+
+def test_the_report_is_live_in_jupyterlab(page, lab, ds):
+    """Its main sections are explorers of their own; a slider in one moves that one alone, to the right numbers."""
+    address = lab[0].replace("/lab/tree/explore.ipynb", "/lab/workspaces/report/tree/report.ipynb")
+    report = executed(page.context.browser, address)  # a workspace of its own: the other holds explore.ipynb open
+    try:
+        report.wait_for_function(f"document.querySelectorAll('.ho-live .ho-sentence').length === {len(LIVE)}")
+        report.wait_for_selector("text=| Idle")
+        said = report.locator(".ho-live .ho-sentence").all_text_contents()  # JupyterLab hides what is scrolled away
+        assert all(words in text for words, text in zip(LIVE, said, strict=True)), said
+        pictures = [picture(report, i) for i in range(len(LIVE))]
+        assert len(set(pictures)) == len(pictures)
+        inverse = report.locator(".ho-live").nth(2)
+        inverse.scroll_into_view_if_needed()
+        inverse.get_by_label("colours", exact=True).select_option("linear")
+        shows(report, np.linalg.inv(ds.D2.values[-1]), explorer=2)
+        inverse.locator(".noUi-handle").focus()
+        inverse.locator(".noUi-handle").press("ArrowLeft")
+        report.wait_for_function(
+            "document.querySelectorAll('.ho-live .ho-sentence')[2].textContent.includes('Step 20: inverse')"
+        )
+        shows(report, np.linalg.inv(ds.D2.values[-2]), explorer=2)
+        assert report.locator(".ho-live .ho-sentence").first.text_content() == said[0]
+        behind = report.locator(".jp-OutputArea-child:has(.ho-live) + .jp-OutputArea-child:has(.jp-RenderedImage)")
+        assert behind.evaluate_all("all => all.map(e => getComputedStyle(e).display)") == ["none"] * len(LIVE)
+        assert report.locator("[data-mime-type='application/vnd.jupyter.error']").all_text_contents() == []
+        if shots := os.environ.get("HOANALYSIS_SCREENSHOTS"):
+            inverse.screenshot(path=str(Path(shots) / "report.png"))
+    finally:
+        report.close()
 
 
 def test_the_saved_notebook_shows_the_last_view_without_widgets(page, lab):

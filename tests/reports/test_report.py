@@ -35,6 +35,9 @@ def test_the_built_in_report(study: Path, tmp_path: Path, capsys) -> None:
         assert word in text, word
     assert sorted(p.name for p in out.iterdir()) == ["index.html", "report.ipynb", "store", "summaries.nc"]
     executed = (out / "report.ipynb").read_text()
+    assert "vnd.jupyter.widget" not in executed + page  # static where nobody can move a slider
+    pictures = re.findall(r'src="(data:image/[^"]+)"', page)
+    assert len(set(pictures)) == len(pictures)
     assert str(tmp_path) not in executed  # no path of this machine in what is passed on
     ds = ho.open_dataset(out / "summaries.nc")
     assert ds.sizes["step"] == 3
