@@ -23,6 +23,7 @@ STEPS = (400, 8400)
 IMAGES = (125, 1250, 12500)
 DRAWS = 4
 SUBSET = 4000
+BLOCKS = 16
 
 
 def summaries(images: data.Batches, checkpoint: Checkpoint, n: int, draw: int) -> xr.Dataset:
@@ -30,7 +31,7 @@ def summaries(images: data.Batches, checkpoint: Checkpoint, n: int, draw: int) -
     order = torch.randperm(images.n_samples, generator=torch.Generator().manual_seed(0))[n * draw : n * (draw + 1)]
     behind = data.Batches(images.x[order], images.y[order], images.batch_size)
     problem = ho.Problem(models.LeNet5(in_channels=3), images.take(SUBSET), F.cross_entropy, direction_data=behind)
-    ds = ho.summarize(problem, 2, checkpoint=checkpoint, dtype="float32", progress=False)
+    ds = ho.summarize(problem, 2, checkpoint=checkpoint, dtype="float32", keep_batches=BLOCKS, progress=False)
     print(f"step {checkpoint.step}, {n} images, draw {draw}", flush=True)
     return ds.assign_coords(images=n, draw=draw, step=checkpoint.step)
 

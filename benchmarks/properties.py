@@ -1,6 +1,9 @@
 """The properties of Section 3.1 of the paper, measured against independent calculations, and what D2 and D3 cost.
 
     python benchmarks/properties.py --out data/paper-figures/properties.nc
+    python benchmarks/properties.py --starts --out data/paper-figures/invariance.nc
+
+The second command repeats the invariance from several checkpoints and with several dampings (about five minutes).
 
 Needs CIFAR-10 in data/. Each statistic is one of claims.toml, where its formula stands. Everything but the costs is in
 float64. Times are CPU seconds on one thread, in pairs with a gradient of the same batch; their errors are those of the
@@ -23,6 +26,7 @@ from hoanalysis import data, models
 
 REPEATS = 5
 STEPS, BATCH, DAMPING = 20, 125, 0.1
+STARTS, DAMPINGS = (1, 3, 11, 21), (0.1, 0.3)  # epochs of lenet5-cifar10, and dampings, of --starts
 Rates = Callable[[xr.Dataset], Tensor]
 
 
@@ -83,6 +87,9 @@ def sgd(ds: xr.Dataset) -> Tensor:
     return torch.full((ds.sizes["group"],), 0.05 / DAMPING, dtype=torch.float64)
 
 
+RATES = {"invariance": plain, "invariance_r": regularized}
+
+
 def scales(model: nn.Module) -> dict[str, float]:
     """By what a parameter of the ntk form has to be multiplied to be that of the standard form."""
     factor = {name: getattr(module, "scale", 1.0) for name, module in model.named_modules()}
@@ -90,7 +97,7 @@ def scales(model: nn.Module) -> dict[str, float]:
 
 
 def trajectory(
-    make: Callable[[str], nn.Module], start: dict[str, Tensor], form: str, batches, rates: Rates
+    make: Callable[[str], nn.Module], start: dict[str, Tensor], form: str, batches, rates: Rates, damping: float
 ) -> list[Tensor]:
     """The parameters after each step, mapped to the standard form, from a start in the standard form.
 
@@ -106,19 +113,44 @@ def trajectory(
         gradient = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
         with torch.no_grad():
             for p, e, g in zip(model.parameters(), eta, gradient, strict=True):
-                p -= DAMPING * e * g
+                p -= damping * e * g
         out.append(torch.cat([factor[n] * p.detach().flatten() for n, p in model.named_parameters()]))
     return out
 
 
 def invariance(
-    make: Callable[[str], nn.Module], start: dict[str, Tensor], batches, rates: Rates
+    make: Callable[[str], nn.Module], start: dict[str, Tensor], batches, rates: Rates, damping: float = DAMPING
 ) -> tuple[float, float]:
     """The largest |theta_std - map(theta_ntk)| / |theta_std| over the steps, and how far the trajectory went."""
-    standard, ntk = (trajectory(make, start, form, batches, rates) for form in models.PARAMETERIZATIONS)
+    standard, ntk = (trajectory(make, start, form, batches, rates, damping) for form in models.PARAMETERIZATIONS)
     origin = torch.cat([t.double().flatten() for t in start.values()])
     apart = max(float((a - b).norm() / a.norm()) for a, b in zip(standard, ntk, strict=True))
     return apart, float((standard[-1] - origin).norm() / origin.norm())
+
+
+def lenet(form: str) -> nn.Module:
+    return models.LeNet5(in_channels=3, parameterization=form)
+
+
+def start_of(root: Path, epoch: int) -> dict[str, Tensor]:
+    """The parameters of lenet5-cifar10 after so many epochs of 400 steps."""
+    return dict(ho.load_checkpoint(root / "lenet5-cifar10" / f"step_{400 * epoch:05d}.safetensors").state_dict)
+
+
+def from_several_starts(root: Path, batches: list[tuple[Tensor, Tensor]]) -> xr.Dataset:
+    """The invariance with H-bar and with H-bar_reg over (epoch of the start, damping), and how far each run went."""
+    found = {f"{name}{end}": np.empty((len(STARTS), len(DAMPINGS))) for name in RATES for end in ("", "_way")}
+    for at in np.ndindex(len(STARTS), len(DAMPINGS)):
+        start, damping = start_of(root, STARTS[at[0]]), DAMPINGS[at[1]]
+        for name, rates in RATES.items():
+            found[name][at], found[f"{name}_way"][at] = invariance(lenet, start, batches, rates, damping)
+            print(STARTS[at[0]], damping, name, found[name][at], found[f"{name}_way"][at], flush=True)
+    dims = ("epoch", "damping")
+    return xr.Dataset(
+        {k: (dims, v) for k, v in found.items()},
+        {"epoch": list(STARTS), "damping": list(DAMPINGS)},
+        {"steps": STEPS, "torch_version": str(torch.__version__)},
+    )
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------
@@ -186,23 +218,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where CIFAR-10 and lenet5-cifar10 are")
     parser.add_argument("--out", type=Path, default=Path("data/paper-figures/properties.nc"))
+    parser.add_argument("--starts", action="store_true", help="only the invariance, from several checkpoints")
     given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     images = data.cifar10(given.root, max_samples=STEPS * BATCH, batch_size=BATCH)
+    exact = data.Batches(images.x.double(), images.y, BATCH)
+    if given.starts:
+        torch.set_num_threads(1)
+        from_several_starts(given.root, list(exact)).to_netcdf(given.out, engine="h5netcdf")
+        return
     found: dict[str, float] = {"memory_share": measuring.in_own_process(memory_share, batch_of(images, 128))}
     torch.set_num_threads(1)
-
-    def lenet(form: str) -> nn.Module:
-        return models.LeNet5(in_channels=3, parameterization=form)
-
-    start = dict(ho.load_checkpoint(given.root / "lenet5-cifar10" / "step_00400.safetensors").state_dict)
-    exact = data.Batches(images.x.double(), images.y, BATCH)
+    start = start_of(given.root, 1)
     model = lenet("standard").double()
     model.load_state_dict(start)
     found["cauchy"] = cauchy(model, exact.take(500))
     animal = torch.isin(exact.y, torch.tensor([2, 3, 4, 5, 6, 7])).double() * 2 - 1
     small = data.Batches(F.avg_pool2d(exact.x, 8), animal, BATCH).take(500)
     found["newton"] = newton(small)
-    for name, rates in {"invariance": plain, "invariance_r": regularized, "invariance_sgd": sgd}.items():
+    for name, rates in {**RATES, "invariance_sgd": sgd}.items():
         found[name], found[f"{name}_way"] = invariance(lenet, start, list(exact), rates)
         print(name, found[name], found[f"{name}_way"], flush=True)
     torch.manual_seed(0)
@@ -215,7 +249,6 @@ def main() -> None:
     attrs = {"repeats": REPEATS, "steps": STEPS, "damping": DAMPING, "torch_version": str(torch.__version__)}
     ds = xr.Dataset({k: ((), v) for k, v in found.items()}, attrs=attrs)
     print(ds)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     ds.to_netcdf(given.out, engine="h5netcdf")
 
 

@@ -1,8 +1,11 @@
 """notebooks/paper_figures.ipynb from the shipped units, and one of them computed again where CIFAR-10 is there."""
 
+import base64
+import io
 import json
 import os
 import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from PIL import Image, ImageSequence
 
 import hoanalysis as ho
 from hoanalysis.study import StudySpec
@@ -29,29 +33,60 @@ def texts(cell):
 
 
 def pictures(cell):
-    return sum(
-        "image/png" in o.get("data", {}) or "data:image/gif" in str(o.get("data")) for o in cell.get("outputs", [])
-    )
+    """The pictures and the films of a cell, each as its frames, arrays (height, width, 3)."""
+    found = []
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        film = re.search(r"data:image/gif;base64,([^\"]+)", str(data.get("text/html", "")))
+        coded = data.get("image/png") or (film and film[1])
+        if coded:
+            with Image.open(io.BytesIO(base64.b64decode(coded))) as image:
+                found.append([np.asarray(f.convert("RGB"), float) for f in ImageSequence.Iterator(image)])
+    return found
+
+
+def assert_same_pictures(ours, theirs):
+    """As many pixels, and nearly all of nearly the same colour: fonts may be drawn a little otherwise elsewhere."""
+    assert [[f.shape for f in frames] for frames in ours] == [[f.shape for f in frames] for frames in theirs]
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        for a, b in zip(ours_, theirs_, strict=True):
+            assert (np.abs(a - b).max(axis=-1) > 16).mean() < 1e-3
+
+
+def test_a_cell_of_another_colour_is_another_picture():
+    one = np.full((400, 400, 3), 255.0)
+    other = one.copy()
+    other[:16, :16] = (255.0, 230.0, 230.0)  # one cell of a matrix, a shade darker
+    assert_same_pictures([[one]], [[one + 5]])
+    with pytest.raises(AssertionError):
+        assert_same_pictures([[one]], [[other]])
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     target = tmp_path_factory.mktemp("paper") / "paper_figures.ipynb"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     papermill.execute_notebook(NOTEBOOK, target, cwd=str(NOTEBOOK.parent), progress_bar=False)
-    return cells(target)
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return cells(target), end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, in another process
 def test_the_committed_outputs_are_what_the_shipped_units_give(executed):
     committed = cells(NOTEBOOK)
-    executed = [c for c in executed if "injected-parameters" not in c.metadata.get("tags", [])]
+    executed = [c for c in executed[0] if "injected-parameters" not in c.metadata.get("tags", [])]
     assert [c.source for c in executed] == [c.source for c in committed]
     for ours, theirs in zip(executed, committed, strict=True):
         assert texts(ours) == texts(theirs), ours.source
-        assert pictures(ours) == pictures(theirs), ours.source
+        assert_same_pictures(pictures(ours), pictures(theirs))
         assert not any(o.output_type == "stream" and o.name == "stderr" for o in ours.get("outputs", []))
-    assert sum(map(pictures, executed)) >= 12
+    assert sum(len(pictures(c)) for c in executed) >= 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_takes_less_than_two_minutes(executed):
+    assert 1 < executed[1] < 120  # of CPU time, kernel included: the clock would count what else the machine does
 
 
 VERDICTS = dict.fromkeys(
@@ -70,22 +105,37 @@ VERDICTS = dict.fromkeys(
         "d3-practical",
     ],
     "holds",
-) | dict.fromkeys(["last-five-inverse", "last-five-hessian", "first-of-five-with-last", "first-with-last"], "in part")
+) | dict.fromkeys(
+    [
+        "last-five-inverse",
+        "last-five-hessian",
+        "first-of-five-with-last",
+        "first-with-last",
+        "inverse-blocks-rough-lenet",
+        "inverse-blocks-better-vgg",
+    ],
+    "in part",
+)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_verdicts(executed):
-    (table,) = [c for c in executed if c.get("source", "").rstrip().endswith("verdicts")]
+    (table,) = [c for c in executed[0] if c.get("source", "").rstrip().endswith("verdicts")]
     html = table.outputs[0].data["text/html"]
     found = dict(re.findall(r"<th>([a-z0-9-]+)</th>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>", html))
     assert found == VERDICTS
 
 
-def test_no_measured_number_stands_in_the_text_by_hand():
+#: Every text with a digit in it that may stand in Markdown: names, indices, the paper's numbering, and one convention.
+NAMES_WITH_DIGITS = r"arXiv 2312\.03885|CIFAR-10|cifar10|LeNet-5|VGG-11'|Figure [12]\b|[Tt]able1?( 1)?\b|\bD[123]\b|"
+NAMES_WITH_DIGITS += r"H\^-1|\|C\| = 1|95 %"
+
+
+def test_no_number_stands_in_the_text_by_hand():
     for cell in cells(NOTEBOOK):
         if cell.cell_type == "markdown":
-            text = re.sub(r"arXiv 2312\.03885|95 %", "", cell.source)
-            assert not re.search(r"\d+[.,]\d|\d\s?%|\de-?\d", text), cell.source
+            text = re.sub(NAMES_WITH_DIGITS, "", cell.source)
+            assert not re.search(r"\d", text), text
 
 
 def test_no_image_of_cifar10_is_committed():
