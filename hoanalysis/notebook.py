@@ -15,15 +15,20 @@ from IPython.display import HTML, display
 from hoanalysis import schema
 from hoanalysis.analysis.autopsy import Autopsy, autopsy
 from hoanalysis.analysis.coarsen import fewest, suggest_partition
+from hoanalysis.analysis.compare import CLEAR
 from hoanalysis.analysis.contributions import TIMES
 from hoanalysis.analysis.findings import pm
 from hoanalysis.analysis.prediction import NEXT, prediction, single_steps
 from hoanalysis.analysis.update_rule import update_rule
-from hoanalysis.analysis.verdict import Break
+from hoanalysis.analysis.verdict import Break, break_of
 from hoanalysis.explorer import explore
 from hoanalysis.explorer.frontend import live
 
 LONGEST_CELL, LONGEST_LINE, SENTENCE = 300, 1000, 60  # characters
+RANKED = (
+    "The lines are over the run, the table at one checkpoint, ranked by the scale-free entry; one within 2 standard "
+    "errors of 0 is not told from 0."
+)
 
 
 def readable(text: str, width: int | None = None) -> str:
@@ -104,14 +109,15 @@ def rule_of(along: Mapping[str, xr.Dataset], log: pd.DataFrame | None) -> xr.Dat
     return update_rule(steps, gradient, along.get("weights"), log)
 
 
-def momentum_of(rule: xr.Dataset | None, log: pd.DataFrame | None) -> float | pd.DataFrame | None:
-    """The momentum for the edge of stability: the log where it has the column, else that of the best known chain."""
+def momentum_of(rule: xr.Dataset | None, log: pd.DataFrame | None) -> tuple[float | pd.DataFrame | None, float]:
+    """The momentum for the edge of stability and its error: the log where it has the column, which has none, else that
+    of the best known chain."""
     if log is not None and "momentum" in log:
-        return log
+        return log, 0.0
     if rule is None or not np.isfinite(rule["momentum"]).any():
-        return None
+        return None, 0.0
     best = int(np.nanargmin(np.where(np.isfinite(rule["momentum"]), rule["momentum_se"], np.nan)))
-    return float(np.clip(rule["momentum"].values[best], 0.0, 1.0))
+    return float(np.clip(rule["momentum"].values[best], 0.0, 1.0)), float(rule["momentum_se"].values[best])
 
 
 def within_table(steps: xr.Dataset, broke: Break | None) -> pd.DataFrame:
@@ -165,6 +171,15 @@ def with_errors(frame: pd.DataFrame) -> pd.DataFrame:
     return told
 
 
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Pairs or triples as a table is to show them; entries that are not told from 0 say so."""
+    told = with_errors(together(frame))
+    words = [
+        "" if np.isnan(x) else f"{x:.1f}" + ("" if x >= CLEAR else ", not told from 0") for x in told["significance"]
+    ]
+    return told.assign(significance=words).rename(columns={"significance": "|scale_free| / its standard error"})
+
+
 def rule_table(rule: xr.Dataset) -> pd.DataFrame:
     """`update_rule` in words: a column for each chain of single steps, each number with its standard error."""
     columns = {}
@@ -184,7 +199,10 @@ def rule_table(rule: xr.Dataset) -> pd.DataFrame:
 
 
 def _with_error(value: float, error: float) -> str:
-    return f"{value:.2g} ± {error:.1g}" if np.isfinite(value) else "not told"
+    if not np.isfinite(value):
+        return "not told"
+    open_sign = error > 0 and abs(value) < CLEAR * error
+    return f"{value:.2g} ± {error:.1g}" + (", not told from 0" if open_sign else "")
 
 
 def checkpoints(ds: xr.Dataset) -> pd.DataFrame:
@@ -231,3 +249,31 @@ def ends(ds: xr.Dataset) -> list[xr.Dataset]:
         return [ds]
     done = [i for i, n in enumerate(ds["n_batches"].values) if n > 0] or [0]
     return [ds.isel(step=i) for i in dict.fromkeys((done[0], done[-1]))]
+
+
+def break_in(ds: xr.Dataset, found: Autopsy | None) -> Break | None:
+    """Where the run broke: by its steps where they are summarized, else by the losses of ``ds`` alone."""
+    if found is not None:
+        return found.broke
+    return break_of(ds) if schema.STEP in ds.dims and "D1" in ds else None
+
+
+def until(ds: xr.Dataset | None, broke: Break | None) -> xr.Dataset | None:
+    """The checkpoints up to the last before the loss climbed, all where it did not: what is asked of the last
+    checkpoint of a broken run is asked there, and not of what is left of the model behind."""
+    if ds is None or broke is None or schema.STEP not in ds.dims:
+        return ds
+    kept = np.flatnonzero(np.asarray(ds[schema.STEP].values, float) <= float(broke.step))
+    return ds.isel({schema.STEP: kept}) if len(kept) else ds
+
+
+def shown(ds: xr.Dataset, broke: Break | None) -> list[str]:
+    """What `until` does to the sections of a report, as a sentence; none where it does nothing."""
+    seen = until(ds, broke)
+    before, last = (ends(one)[-1] for one in (ds if seen is None else seen, ds))
+    if schema.STEP not in ds.dims or before[schema.STEP].item() == last[schema.STEP].item():
+        return []
+    return [
+        f"Sections below that show one or two checkpoints show step {before[schema.STEP].item()}, the last before the "
+        f"loss climbed, in place of the last of the run, step {last[schema.STEP].item()}."
+    ]

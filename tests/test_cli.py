@@ -94,7 +94,8 @@ def stored(path: Path, seed: int, **kwargs) -> Path:
 
 
 def test_python_m_is_the_command() -> None:
-    told = subprocess.run([sys.executable, "-m", "hoanalysis", "--version"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "hoanalysis", "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (told.returncode, told.stdout, told.stderr) == (0, call("--version").output, "")
 
 

@@ -50,8 +50,8 @@ def triples(ds: xr.Dataset, top: int | None = None, *, distinct: bool = True) ->
         One row per triple (in the order of the Dataset): ``step``, ``rank``, ``group``, ``group2``, ``group3``, and the
         ``layer`` of each; ``value`` = D3_stu in loss with ``value_se``; ``scale_free`` = A_stu in loss^(-1/2) with
         ``scale_free_se``, the delete-one jackknife over the kept blocks; ``share`` = the sum of |A| over the entries
-        that are equal by symmetry, relative to the sum over all; ``significance`` = |scale_free| / scale_free_se, of what
-        ranks them. Triples with a group without effect or without curvature are left out.
+        that are equal by symmetry, relative to the sum over all; ``significance`` = |scale_free| / scale_free_se, of
+        what ranks them. Triples with a group without effect or without curvature are left out.
 
     Raises `SchemaError` where D1, D2 or the full D3 is missing.
     """

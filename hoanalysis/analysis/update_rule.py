@@ -15,9 +15,9 @@ the given data and on theta_s, both at the start of the step, every product is i
 
 Least squares over the pairs of neighbouring steps of a chain gives mu, lr_s and k >= 0. The batch's own noise has mean
 zero in both lines, so that it widens the errors: a delete-one jackknife over the pairs, to which mu adds how far the
-groups disagree on it. Where k is at its bound 0, its error is that of the fit without bounds: a bound that holds in every
-replicate leaves nothing to spread. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the given
-data, which no error here counts: on LeNet-5 by up to 2 with 512 images, and by more with fewer (the attribute
+groups disagree on it. Where k is at its bound 0, its error is that of the fit without bounds, as a bound that holds in
+every replicate leaves nothing to spread. lr_s comes out low, by the share of |g_s|^2 that is the sampling noise of the
+given data, which no error here counts: on LeNet-5 by up to 2 with 512 images, and by more with fewer (the attribute
 ``status`` says so). For another optimizer than SGD, lr_s still is the rate at which the group follows its gradient.
 
 Where the log has the rate a_j of each step, what is fitted is lr_s as a multiple of a_j, and with it mu as PyTorch
@@ -269,7 +269,7 @@ def _solved(equations: Sequence[Equations], s: int, lowest: float = 0.0) -> Arra
 
 
 def _bounded(left: Array, right: Array, lowest: float = 0.0) -> Array:
-    """Least squares with mu and k at least ``lowest``; unknowns that no equation has (a group that does not move) are 0."""
+    """Least squares with mu and k at least ``lowest``; those that no equation has (groups that do not move) are 0."""
     has = np.abs(left).sum(0) > 0
     out = np.zeros(left.shape[1])
     lower = np.full(left.shape[1], -np.inf)

@@ -138,6 +138,7 @@ def spectrum(
     *,
     used: frames.Used = None,
     momentum: frames.Used = None,
+    momentum_se: float = 0.0,
     top: int = 8,
 ) -> Axes:
     """Eigenvalues of the Hessian compressed to the directions; beside them 2 (1 + momentum) / learning rate.
@@ -145,6 +146,7 @@ def spectrum(
     The largest of them is a lower bound on the Hessian's. Above 2 / rate gradient descent is unstable, and with the
     momentum mu of a heavy ball above 2 (1 + mu) / rate; other optimizers have other limits. ``used`` is the rate and
     ``momentum`` mu: a number each, or the training log with the column ``learning_rate`` or ``momentum``.
+    ``momentum_se``, the standard error of a mu that is itself an estimate, makes the line a band.
     """
     frame = frames.eigenvalues(ds)
     ax = style.axes(ax, 7.5, 3.8)
@@ -157,7 +159,7 @@ def spectrum(
         ranks = sorted(frame["rank"].unique())
         kept = ranks if len(ranks) <= top else ranks[: top - 2] + ranks[-2:]
         _family(ax, frame[frame["rank"].isin(kept)].assign(name=frame["rank"].map(lambda r: f"eigenvalue {r}")), "name")
-        _edge(ax, list(frame["step"].unique()), used, momentum)
+        _edge(ax, list(frame["step"].unique()), used, momentum, momentum_se)
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     unit = "eigenvalue [loss/parameter$^2$]"
     ax = _finish(ax, unit, "Spectrum of the Hessian compressed to the directions", frame)
@@ -173,12 +175,13 @@ def curvature(
     hessian: xr.Dataset | None = None,
     used: frames.Used = None,
     momentum: frames.Used = None,
+    momentum_se: float = 0.0,
 ) -> Axes:
     """The largest and the lowest eigenvalue of the full Hessian beside the edge of stability, over the steps.
 
     ``hessian`` is what `hoanalysis.curvature(problem, checkpoint=run)` returned; without it what the Dataset holds
-    (``curvature`` in the study). Where there is neither, the extremes along the groups, which lie within. ``used`` and
-    ``momentum`` as for `spectrum`.
+    (``curvature`` in the study). Where there is neither, the extremes along the groups, which lie within. ``used``,
+    ``momentum`` and ``momentum_se`` as for `spectrum`.
     """
     ax = style.axes(ax, 7.5, 3.8)
     frame = frames.extremes(ds, hessian)
@@ -191,7 +194,7 @@ def curvature(
     for name, part in frame.groupby("quantity", sort=False):
         look: dict[str, Any] = {} if "of the Hessian" in str(name) else {"ls": ":", "ms": 2.5}
         _line(ax, part["step"], part["value"], part["se"], int("lowest" in str(name)), str(name), **look)
-    _edge(ax, steps, used, momentum)
+    _edge(ax, steps, used, momentum, momentum_se)
     ax.axhline(0, color="0.7", lw=0.8, zorder=0)
     title = "Curvature of the loss" + ("" if full else " along the groups")
     return _finish(ax, "eigenvalue [loss/parameter$^2$]", title, frame)
@@ -201,7 +204,7 @@ def _single(frame: pd.DataFrame) -> bool:
     return len(frame["step"].unique()) == 1
 
 
-def _edge(ax: Axes, steps: list[Any], used: frames.Used, momentum: frames.Used) -> None:
+def _edge(ax: Axes, steps: list[Any], used: frames.Used, momentum: frames.Used, error: float) -> None:
     plain, limits = frames.edge(steps, used), frames.edge(steps, used, momentum)
     if plain is None or limits is None:
         return
@@ -210,7 +213,11 @@ def _edge(ax: Axes, steps: list[Any], used: frames.Used, momentum: frames.Used) 
     if momentum is not None:
         mu = (limits / plain - 1)[np.isfinite(plain)]
         told = f"{mu[0]:.2g}" if np.ptp(mu) < 1e-9 else "momentum"
+        told += f" ± {error:.1g}" if error > 0 else ""
         ax.plot(steps, limits, ls="-.", label=f"2 (1 + {told}) / learning rate", **look)
+        if error > 0:
+            wide = style.BAND * error * plain  # plain = 2 / rate
+            ax.fill_between(steps, limits - wide, limits + wide, color=style.USED, alpha=0.15, lw=0)
 
 
 def taylor(

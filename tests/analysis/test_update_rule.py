@@ -152,7 +152,7 @@ def test_rates_on_few_samples_carry_a_warning():
 
 
 def test_decay_at_its_bound_has_the_error_of_the_fit_without_bounds():
-    """Steps that move away from 0 are fitted by no decay, whichever pair is left out; the jackknife is by plain lstsq."""
+    """Steps that move away from 0 are fitted by no decay, whichever pair is left out; the oracle is plain lstsq."""
     points = train(Cubic(spread=0.3), 9, rates=0.03, momentum=0.5, decay=-2.0, seed=1)
     ds = series(Cubic(spread=0.3), points)
     found = update_rule(ds["to:next"], ds["gradient"], ds["weights"]).isel(chain=0)

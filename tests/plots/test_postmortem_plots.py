@@ -236,3 +236,14 @@ def test_momentum_moves_the_edge_beside_the_spectrum():
     np.testing.assert_allclose(shown["2 / learning rate"].get_ydata(), 20.0)
     np.testing.assert_allclose(shown["2 (1 + 0.9) / learning rate"].get_ydata(), 38.0)
     assert "2 (1 + 0.9) / learning rate" not in lines(plots.spectrum(ds, used=0.1))
+
+
+@pytest.mark.parametrize("name", ["spectrum", "curvature"])
+def test_a_momentum_that_is_an_estimate_makes_the_edge_a_band(name):
+    ds = example(2, steps=3)
+    plain = getattr(plots, name)(ds, used=0.1, momentum=0.9)
+    ax = getattr(plots, name)(ds, used=0.1, momentum=0.9, momentum_se=0.02)
+    assert "2 (1 + 0.9 ± 0.02) / learning rate" in lines(ax)
+    assert len(ax.collections) == len(plain.collections) + 1
+    heights = ax.collections[-1].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([heights.min(), heights.max()], [2 * 1.86 / 0.1, 2 * 1.94 / 0.1])

@@ -50,11 +50,11 @@ def test_the_momentum_is_that_of_the_log_or_of_the_surest_chain(broken):
     assert rule is not None
     assert nb.rule_of({"to:next": broken["to:next"]}, None) is None
     told = xr.Dataset({"momentum": ("chain", [0.5, 0.9, np.nan]), "momentum_se": ("chain", [0.2, 0.01, 0.0])})
-    assert nb.momentum_of(told, None) == 0.9
-    assert nb.momentum_of(told.isel(chain=[2]), None) is None
-    assert nb.momentum_of(None, None) is None
+    assert nb.momentum_of(told, None) == (0.9, 0.01)
+    assert nb.momentum_of(told.isel(chain=[2]), None) == (None, 0.0)
+    assert nb.momentum_of(None, None) == (None, 0.0)
     log = pd.DataFrame({"step": [0], "momentum": [0.7]})
-    assert nb.momentum_of(told, log) is log
+    assert nb.momentum_of(told, log)[0] is log
 
 
 def test_pairs_and_errors_become_one_column_each():
@@ -63,6 +63,52 @@ def test_pairs_and_errors_become_one_column_each():
     assert told.columns.tolist() == ["groups", "rank", "value", "share"]
     assert told.iloc[0].tolist() == ["a × b", 1, "0.123 ± 0.010", 0.5]
     assert nb.together(pd.DataFrame({"group": ["a"], "group2": [""]}))["groups"].tolist() == ["a"]
+
+
+def test_the_last_checkpoint_shown_of_a_broken_run_is_the_last_before_it_climbed(broken):
+    ds, found = broken["gradient"], nb.autopsy_of(broken, None)
+    ds = ds.assign_coords(n_batches=("step", np.full(ds.sizes["step"], 6)))
+    broke = nb.break_in(ds, found)
+    loss, labels = ds.loss.values, ds.step.values.tolist()
+    at = labels.index(broke.step)
+    assert labels[0] < broke.step < labels[-1]
+    assert loss[at + 1] > loss[at]
+    assert loss[-1] > loss[at]
+    assert [one.step.item() for one in nb.ends(nb.until(ds, broke))] == [labels[0], broke.step]
+    (told,) = nb.shown(ds, broke)
+    assert f"show step {broke.step}, the last before the loss climbed" in told
+    assert told.endswith(f"in place of the last of the run, step {labels[-1]}.")
+    assert nb.break_in(ds, None).step == broke.step  # by the losses alone
+    whole = nb.until(ds, None)
+    assert [one.step.item() for one in nb.ends(whole)] == [labels[0], labels[-1]]
+    assert nb.shown(ds, None) == []
+    assert nb.until(None, broke) is None
+    one = ds.isel(step=0)
+    assert nb.until(one, broke) is one
+    assert nb.shown(one, broke) == []
+
+
+def test_entries_that_are_not_told_from_0_say_so():
+    frame = example(2, layers=3).ho.interactions()
+    assert (frame.significance > 2).any()
+    frame.loc[1, ["scale_free_se", "significance"]] = [frame.scale_free.abs()[1], 1.0]
+    frame.loc[2, ["scale_free_se", "significance"]] = np.nan
+    words = nb.ranked(frame)["|scale_free| / its standard error"].tolist()
+    assert words[1:3] == ["1.0, not told from 0", ""]
+    for word, entry, error in zip(words, frame.scale_free, frame.scale_free_se, strict=True):
+        assert word.endswith("not told from 0") == (abs(entry) < 2 * error)
+
+
+def test_numbers_of_the_update_rule_that_are_not_told_from_0_say_so():
+    values = {"learning_rate": 0.05, "momentum": 0.9, "decay": 0.0}
+    data = {n: ("chain", [v]) for n, v in values.items()} | {f"{n}_se": ("chain", [0.01]) for n in values}
+    data |= {
+        "learning_rates": (("chain", "group"), [[0.0, 0.1]]),
+        "learning_rates_se": (("chain", "group"), [[0.0, 0.06]]),
+    }
+    coords = {"group": ["still", "b"], "first": ("chain", [0]), "last": ("chain", [5])}
+    told = nb.rule_table(xr.Dataset(data, coords))["steps 0 to 5"].tolist()
+    assert told == ["0.9 ± 0.01", "0 ± 0.01, not told from 0", "0.05 ± 0.01", "0 ± 0", "0.1 ± 0.06, not told from 0"]
 
 
 def test_the_suggested_partition_has_as_many_groups_as_layers():

@@ -48,6 +48,11 @@ def test_one_page_shows_the_gradient_and_the_steps_side_by_side(out: Path) -> No
     text = text_of((out / "index.html").read_text())
     for word in (*SECTIONS, "The inverse", "solve H-bar eta = g-bar", "The run broke at step 6"):
         assert word in text, word
+    assert "show step 6, the last before the loss climbed, in place of the last of the run, step 8" in text
+    assert "Step 6: " in text
+    assert "Step 8: " not in text  # no advice is about what is left behind the break
+    assert "The rates come out low" in text
+    assert "low rates: the gradient is over" in text
     files = {p.name for p in out.glob("*.nc")}
     assert files == {"summaries.nc", "summaries-to-next-canonical.nc", "summaries-weights-canonical.nc"}
     assert "from 0.1 to 30" in text
