@@ -25,6 +25,7 @@ from torch.testing import assert_close
 import hoanalysis as ho
 from hoanalysis import data
 from hoanalysis.analysis.contributions import along_path
+from hoanalysis.analysis.prediction import prediction
 from hoanalysis.analysis.verdict import guilty_of
 from hoanalysis.checkpoints import fit, open_run
 from hoanalysis.study import StudySpec
@@ -205,6 +206,35 @@ def test_the_autopsy_of_the_diverged_run_names_the_step_and_the_groups():
     shares = alone.shares.set_index("group")
     off = np.abs(shares["share"] - pd.Series(truth))[shares.index]
     assert (off <= shares["left_out"] + 2 * shares["share_se"]).all()
+
+
+def test_order_3_predicts_the_single_steps_before_the_break():
+    """The six steps of the tanh LeNet from 114 on, on the 1,024 images of its study; the losses are torch's.
+
+    Order 3 is within 5 % on all six. It is nearer than order 2 on three, and in the median: both are good here.
+    """
+    run, batch = open_run(DATA / "lenet5-mnist-diverged"), data.mnist5k("train", batch_size=1024, max_samples=1024)
+    single = run[run.steps.index(114) : run.steps.index(121) + 1]
+    model, _ = model_at("lenet5-mnist-diverged", 0)
+    problem = ho.Problem(model, data.mnist5k("train", batch_size=64, max_samples=1024), F.cross_entropy)
+    ds = ho.summarize_run(single, problem, 3, direction="to:next", self_check=False, progress=False)
+
+    def loss(step: int) -> float:
+        state = {n: t.double() for n, t in run[run.steps.index(step)].state_dict.items()}
+        return F.cross_entropy(functional_call(model.double(), state, (batch.x.double(),)), batch.y).item()
+
+    before = range(114, 120)
+    measured = np.diff([loss(step) for step in [*before, 120]])
+    orders = [ds.D1.sum("group"), ds.D2.sum(["group", "group2"]) / 2, ds.D3.sum(["group", "group2", "group3"]) / 6]
+    terms = np.array([term.sel(step=list(before)).values for term in orders])
+    off = np.abs(np.cumsum(terms, axis=0) / measured - 1)
+    assert np.median(off[0]) > 0.5
+    assert off[2].max() < 0.05
+    assert (off[2] < off[1]).sum() >= 3
+    assert np.median(off[2]) < np.median(off[1])
+    told = prediction(ds).sel(step=list(before))
+    assert told.within.sel(order=3).values.all()
+    np.testing.assert_allclose(told.measured.values, measured, rtol=1e-3)
 
 
 def test_the_shipped_study_blames_the_groups_that_raised_the_loss(tmp_path):

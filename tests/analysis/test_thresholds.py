@@ -160,7 +160,7 @@ def test_a_chain_is_cut_above_a_quarter_and_fitted_from_three_pairs():
         found = update_rule(whole["to:next"], whole["gradient"], whole["weights"])
         assert found.pairs.item() == steps - 1
         assert np.isfinite(found.momentum.item()) == known
-    for samples, warned in ((511, True), (512, False)):
+    for samples, warned in ((512, True), (513, False)):
         told = update_rule(
             ds, series(Cubic(), train(Cubic(), 8, rates=0.03))["gradient"].assign_attrs(n_samples=samples)
         )
