@@ -212,7 +212,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     h = hashlib.sha256()
     for name, t in tensors.items():
         h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

