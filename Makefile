@@ -34,7 +34,7 @@ lab: .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,zarr,cluster]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,zarr,dask]'
 	touch $@
 
 clean:

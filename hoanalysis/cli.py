@@ -30,6 +30,14 @@ app = typer.Typer(
 #: An environment variable: errors that were not foreseen are raised with all their frames.
 TRACEBACK = "HOANALYSIS_TRACEBACK"
 
+Scheduler = Annotated[
+    str | None, typer.Option(help="the address of a Dask scheduler, tcp://host:8786, whose workers compute")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="compute with so many processes on this machine (Dask)")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="torch threads of each process [with --workers: the cores shared out; else torch's own]"),
+]
 Studies = Annotated[list[Path], typer.Argument(help="study.toml files, or the folders that hold them")]
 
 
@@ -146,6 +154,9 @@ def report(
         list[str] | None, typer.Option("--parameter", "-p", help="name=value for the notebook; repeatable")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="seconds that one cell of the notebook may take")] = 600,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")] = False,
 ) -> None:
     """Compute what is missing and render the reports of one or more studies.
@@ -153,10 +164,14 @@ def report(
     Exit code 0: all reports are there. 1: something failed, and what it was. 130: Ctrl-C. 143: SIGTERM. A second call
     goes on.
     """
+    from hoanalysis.cluster.clients import opened
     from hoanalysis.reports import report as render
 
     given = _parameters(parameter or [])
-    index = render(studies, out, notebook, given, timeout=timeout, progress=not quiet, say=typer.echo)
+    with opened(scheduler, workers, threads, typer.echo) as client:
+        index = render(
+            studies, out, notebook, given, timeout=timeout, progress=not quiet, say=typer.echo, client=client
+        )
     typer.echo(f"report: {index}")
 
 
@@ -165,16 +180,21 @@ def report(
 def summarize(
     study: Annotated[Path, typer.Argument(help="a study.toml, or the folder that holds it")],
     out: Annotated[Path, typer.Option(help="the folder for netCDF and store")] = Path("reports"),
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")] = False,
 ) -> None:
     """Compute what is missing of one study, without a report."""
+    from hoanalysis.cluster.clients import opened
     from hoanalysis.reports import Outcome, compute
     from hoanalysis.study import StudySpec
 
     spec = StudySpec.read(study)
     outcome = Outcome(spec.name, out)
-    for path in compute(spec, outcome, progress=not quiet, say=typer.echo):
-        typer.echo(f"summaries: {path}")
+    with opened(scheduler, workers, threads, typer.echo) as client:
+        for path in compute(spec, outcome, progress=not quiet, say=typer.echo, client=client):
+            typer.echo(f"summaries: {path}")
     if outcome.error is not None:
         raise outcome.error
 

@@ -85,6 +85,10 @@ class StoreError(HoError):
     """The store cannot be opened, locked, read or written."""
 
 
+class ClusterError(HoError):
+    """Workers cannot be reached, cannot compute what they are asked for, or were lost."""
+
+
 class StudyError(HoError):
     """A study file is wrong."""
 

@@ -123,6 +123,22 @@ class Problem:
         self._refuse_dropout()
         self._size = batch_size or self._inferred_size()
 
+    # ---- to another process -------------------------------------------------------------------------------------
+
+    def packed(self) -> dict[str, Any]:
+        """What another process makes the same problem from, by `unpacked`; caches stay here.
+
+        What was found out with the model's own weights goes along: they may be left out.
+        """
+        return {**vars(self), "cache": {}, "_splittable": self.splittable}
+
+    @classmethod
+    def unpacked(cls, parts: Mapping[str, Any]) -> Problem:
+        problem = cls.__new__(cls)
+        vars(problem).update(parts)
+        problem._splittable = problem.settings(), parts["_splittable"]  # settings tell tensors apart by their place
+        return problem
+
     # ---- the point ----------------------------------------------------------------------------------------------
 
     def state(

@@ -7,10 +7,11 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +31,16 @@ from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.directions import LAST, OF_GRADIENT, Direction, Recipe, default_taus, digest, file_of, group_norms
 from hoanalysis.directions import resolve as resolve_direction
-from hoanalysis.errors import ArgumentError, CheckpointError, HoError, NoDirection, NumericsError, StoreError, listed
+from hoanalysis.errors import (
+    ArgumentError,
+    CheckpointError,
+    ClusterError,
+    HoError,
+    NoDirection,
+    NumericsError,
+    StoreError,
+    listed,
+)
 from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows, full_precision
@@ -38,10 +48,22 @@ from hoanalysis.quadrature import NODES
 from hoanalysis.store import Store
 from hoanalysis.store.container import canonical
 
+if TYPE_CHECKING:
+    from hoanalysis.cluster.driver import Workers
+
 MAX_ORDER = 16
 MAX_ENTRIES = 2**27  # of one tensor: 1 GiB of float64
 
 CheckpointLike: TypeAlias = Checkpoint | str | Path | Mapping[str, Tensor] | None
+Item: TypeAlias = tuple[int, dict[str, Any]]  # a unit to be computed: the checkpoint's position in the run, the key
+Made: TypeAlias = Callable[[], xr.Dataset]  # the unit, or raises what went wrong with it
+
+
+class Directions(Protocol):
+    """Where a direction is kept: a `Store`, or on a worker of a cluster what it was given."""
+
+    def read_arrays(self, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None: ...
+    def publish_arrays(self, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -201,24 +223,40 @@ def summarize_run(
     store
         A folder for the unit files. What is there already is not computed again; kill the process at any instant and
         call again.
+    client
+        A `distributed.Client`: its workers compute the units, each with one Dask thread and as many torch threads as
+        this process has (``torch.set_num_threads``), which gives the bits that this process would give. This process
+        alone writes. Workers load checkpoints by path, and compare digests. What a lost worker had in hand is given
+        to others; a unit that kills whoever computes it is named at the end, when the others are done.
     options
         As for `summarize`, except ``checkpoint``.
     """
-    if client is not None:
-        raise ArgumentError("client= is not available yet", do="leave it out: checkpoints are computed one by one here")
     if unknown := [k for k in options if k not in Settings.__dataclass_fields__]:
         raise ArgumentError(f"unknown options: {listed(unknown)}", do=f"use {listed(Settings.__dataclass_fields__)}")
     if not len(run):
         raise ArgumentError("the run has no checkpoints")
     work = Work(problem, Settings(order, **options))
     plan = work.plan(work.steps(run), series=True)
+    workers = None if client is None else _workers_of(client, problem, progress)
     if store is None:
-        made = work.in_memory(run, plan, progress)
+        made = work.in_memory(run, plan, progress, workers)
         return units.assemble(plan, lambda key: made.get(canonical(key)))
     with Store.open(store, mode="w") as opened:
         opened.register(work.name, plan)
-        work.fill(opened, run, plan, progress)
+        work.fill(opened, run, plan, progress, workers)
         return units.assemble(plan, opened.read)
+
+
+def _workers_of(client: Any, problem: Problem, progress: bool) -> Workers:
+    """The workers of a Dask client, to compute units of a live problem."""
+    from hoanalysis.cluster.clients import checked, show_dashboard
+    from hoanalysis.cluster.driver import Workers
+    from hoanalysis.cluster.parcels import Source
+
+    client = checked(client)
+    if progress:
+        show_dashboard(client)
+    return Workers(client, Source.of_problem(problem))
 
 
 @full_precision()
@@ -296,7 +334,7 @@ class Work:
         checkpoint: Any,
         run: Run | None,
         progress: bool,
-        store: Store | None = None,
+        store: Directions | None = None,
         identity: tuple | None = None,
     ) -> Direction:
         """The direction at a checkpoint: from the store, from the last call on the same weights, or computed."""
@@ -407,22 +445,18 @@ class Work:
     # ---- units --------------------------------------------------------------------------------------------------
 
     def unit(
-        self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
+        self, checkpoint: Any, run: Run | None = None, *, store: Directions | None = None, progress: bool = True
     ) -> xr.Dataset:
         """The un-normalised sums of one checkpoint over the data."""
         return self.sums(checkpoint, run, store=store, progress=progress).dataset()
 
     @full_precision()
     def sums(
-        self, checkpoint: Any, run: Run | None = None, *, store: Store | None = None, progress: bool = True
+        self, checkpoint: Any, run: Run | None = None, *, store: Directions | None = None, progress: bool = True
     ) -> units.Parts:
         """What a unit is made of."""
         s = self.settings
-        state = self.state(checkpoint)
-        identity = self._identity(state, checkpoint)
-        if self.problem.cache.get("deterministic") != identity:
-            self.problem.check_deterministic(state)
-            self.problem.cache["deterministic"] = identity
+        state, identity = self._at(checkpoint)
         u = self.direction(state, checkpoint, run, progress, store, identity)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory, identity)
         try:
@@ -449,40 +483,73 @@ class Work:
             facts["stopping"] = stopping(sums, s.tolerance)
         return sums.parts(norms, facts)
 
-    def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Store | None = None) -> xr.Dataset:
+    def _at(self, checkpoint: Any) -> tuple[State, tuple]:
+        """The point at a checkpoint and its identity; where the loss is a function of the parameters."""
+        state = self.state(checkpoint)
+        identity = self._identity(state, checkpoint)
+        if self.problem.cache.get("deterministic") != identity:
+            self.problem.check_deterministic(state)
+            self.problem.cache["deterministic"] = identity
+        return state, identity
+
+    @full_precision()
+    def direction_arrays(self, checkpoint: Checkpoint, run: Run) -> dict[str, np.ndarray]:
+        """The direction at a checkpoint, as a store holds it."""
+        state, identity = self._at(checkpoint)
+        u = self.direction(state, checkpoint, run, progress=False, identity=identity)
+        return {n: t.cpu().numpy() for n, t in u.tensors.items()}
+
+    def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Directions | None = None) -> xr.Dataset:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""
         try:
             return self.unit(checkpoint, run, store=store, progress=False)
         except NoDirection as e:  # without the path: a store that is moved keeps its bytes
             return units.gap({"what": e.what, "why": e.why, "do": e.do})
 
-    def in_memory(self, run: Run, plan: Mapping[str, Any], progress: bool) -> dict[str, xr.Dataset]:
+    def in_memory(
+        self, run: Run, plan: Mapping[str, Any], progress: bool, workers: Workers | None = None
+    ) -> dict[str, xr.Dataset]:
         """The units of a plan by their canonical keys, without those that failed, each of which is a warning."""
-        wanted = [(i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]]
+        wanted = {canonical(key): (i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]}
         made: dict[str, xr.Dataset] = {}
         failed: dict[int, HoError] = {}
-        for i, key in _bar(wanted, progress, "checkpoints"):
-            if (name := canonical(key)) in made:
-                continue
-            try:
-                made[name] = self.of_key(run, i, key)
-                _refuse_replaced(run, i, key)
-            except CheckpointError as error:
-                made.pop(name, None)
-                failed[i] = error
+        with closing(self._made(list(wanted.values()), run, None, workers)) as computed:
+            for (i, key), unit in _bar(computed, progress, "checkpoints", len(wanted)):
+                try:
+                    made[canonical(key)] = unit()
+                    refuse_replaced(run, i, key)
+                except (CheckpointError, ClusterError) as error:
+                    made.pop(canonical(key), None)
+                    failed[i] = error
         if failed and not made:
             raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, len(wanted))
-        for i, failure in failed.items():
+        for i, failure in sorted(failed.items()):
             warnings.warn(f"step {run.steps[i]} is NaN: {failure}", stacklevel=4)
         if not failed:
             self.refuse_gaps_alone(made.values())
         return made
+
+    def _made(
+        self, items: Iterable[Item], run: Run, store: Store | None, workers: Workers | None
+    ) -> Generator[tuple[Item, Made]]:
+        """The units of the items: computed here, one by one when they are called for, or by workers as these finish."""
+        if workers is not None:
+            yield from workers.units(self, items, run, store)
+            return
+        for item in items:
+            yield item, functools.partial(self.of_key, run, *item, store)
 
     def of_key(self, run: Run, position: int, key: Mapping[str, Any], store: Store | None = None) -> xr.Dataset:
         """The unit of a key: of the very bytes that the key names, whatever became of the file since."""
         checkpoint = run[position]
         if checkpoint.sha256 != key["checkpoint"]:
             raise _replaced(run.paths[position])
+        return self.of_checkpoint(checkpoint, run, position, key, store)
+
+    def of_checkpoint(
+        self, checkpoint: Checkpoint, run: Run, position: int, key: Mapping[str, Any], store: Directions | None
+    ) -> xr.Dataset:
+        """The unit of a key of which the checkpoint is read."""
         unit = self.unit_or_gap(checkpoint, run, store)
         read = json.loads(unit.attrs["unit"]).get("direction", {}).get("to_sha256")
         if read is not None and read not in key["relatives"]:
@@ -513,36 +580,39 @@ class Work:
             cached = self.problem.cache["self check"] = (key, engines.self_check(task, engine))
         return cached[1]
 
-    def fill(self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool) -> int:
+    def fill(
+        self, store: Store, run: Run, plan: Mapping[str, Any], progress: bool, workers: Workers | None = None
+    ) -> int:
         """Compute and publish what the plan asks for and the store lacks; how many units that were.
 
-        A checkpoint that fails does not stop the others; what went wrong is raised when they are done. Checkpoints of
-        the same content share a unit.
+        This process computes them one by one, or ``workers`` do; it alone writes. A checkpoint that fails does not
+        stop the others; what went wrong is raised when they are done. Checkpoints of the same content share a unit.
         """
         wanted = {canonical(key): (i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]}
         missing, gaps = [], {}
         for k, (i, key) in wanted.items():
             unit = store.read(key)
             if unit is None:
-                missing.append((k, i, key))
+                missing.append((i, key))
             elif units.gap_of(unit) is not None:
                 gaps[k] = unit
-        failed: dict[str, Exception] = {}
-        for k, i, key in _bar(missing, progress and bool(missing), f"checkpoints, {self.name}"):
-            try:
-                unit = self.of_key(run, i, key, store)
-                store.publish(key, unit, check=functools.partial(_refuse_replaced, run, i, key))
-            except StoreError:
-                raise
-            except Exception as error:
-                failed[str(run.steps[i])] = error
-            else:
-                if units.gap_of(unit) is not None:
-                    gaps[k] = unit
+        failed: dict[int, Exception] = {}
+        with closing(self._made(missing, run, store, workers)) as computed:
+            for (i, key), made in _bar(computed, progress and bool(missing), f"checkpoints, {self.name}", len(missing)):
+                try:
+                    unit = made()
+                    store.publish(key, unit, check=functools.partial(refuse_replaced, run, i, key))
+                except StoreError:
+                    raise
+                except Exception as error:
+                    failed[i] = error
+                else:
+                    if units.gap_of(unit) is not None:
+                        gaps[canonical(key)] = unit
         if failed:
-            raise _summed_up(failed, len(missing))
+            raise _summed_up({str(run.steps[i]): error for i, error in sorted(failed.items())}, len(missing))
         self.refuse_gaps_alone(gaps.get(k) for k in wanted)
-        return sum(k not in gaps for k, _, _ in missing)
+        return sum(canonical(key) not in gaps for _, key in missing)
 
     # ---- the plan -----------------------------------------------------------------------------------------------
 
@@ -743,7 +813,7 @@ def _sha256(run: Run, position: int) -> str:
         return hashlib.sha256(f"{run.paths[position].name}: {error}".encode(errors="replace")).hexdigest()
 
 
-def _refuse_replaced(run: Run, position: int, key: Mapping[str, Any]) -> None:
+def refuse_replaced(run: Run, position: int, key: Mapping[str, Any]) -> None:
     """A checkpoint that was replaced while its summaries were computed would be stored under the wrong digest; so
     would one whose direction leads to a checkpoint that was."""
     if run.sha256(position) != key["checkpoint"]:

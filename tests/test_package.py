@@ -20,7 +20,7 @@ CONSTRAINTS = [
     Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
 ]
 PINS = {re.sub(r"[-_.]+", "-", r.name).lower(): next(iter(r.specifier)).version for r in CONSTRAINTS}
-EXTRAS = ("test", "zarr", "cluster")
+EXTRAS = ("test", "zarr", "dask")
 DECLARED = [Requirement(r) for r in PROJECT["dependencies"]] + [
     Requirement(r) for extra in EXTRAS for r in PROJECT["optional-dependencies"][extra]
 ]

@@ -73,6 +73,7 @@ def report(
     timeout: float = CELL_TIMEOUT,
     progress: bool = True,
     say: Say = print,
+    client: Any = None,
 ) -> Path:
     """Analyse studies and render their reports under ``out``; the path of the page to open.
 
@@ -90,6 +91,8 @@ def report(
         the notebook is given what its cell declares.
     timeout
         Seconds that one cell may take.
+    client
+        A `distributed.Client` whose workers compute what is missing, as for `hoanalysis.summarize_run`.
 
     Raises
     ------
@@ -116,7 +119,7 @@ def report(
     several, unwritten = len(outcomes) > 1, None
     for (spec, prepared), outcome in zip(works, outcomes, strict=True):
         try:
-            _one(spec, prepared, outcome, timeout, progress, say)
+            _one(spec, prepared, outcome, timeout, progress, say, client)
         except KeyboardInterrupt:
             outcome.error = outcome.error or ReportError("interrupted", do="call again: finished units are kept")
             raise
@@ -190,10 +193,12 @@ def _others(spec: StudySpec) -> dict[str, str]:
 _NOTHING = "the direction 'to:next' needs a checkpoint that follows"
 
 
-def _one(spec: StudySpec, prepared: Prepared, outcome: Outcome, timeout: float, progress: bool, say: Say) -> None:
+def _one(
+    spec: StudySpec, prepared: Prepared, outcome: Outcome, timeout: float, progress: bool, say: Say, client: Any
+) -> None:
     """One study, from its checkpoints to its page. What goes wrong is noted in ``outcome``; Ctrl-C is passed on."""
     try:
-        datasets = compute(spec, outcome, progress, say)
+        datasets = compute(spec, outcome, progress, say, client)
         if outcome.folder / DATASET not in datasets or not outcome.present:
             raise outcome.error or ReportError("the study asks for no summary", where=shown(spec.path), why=_NOTHING)
         outcome.dataset = outcome.folder / DATASET
@@ -269,8 +274,12 @@ def _of_study(spec: StudySpec) -> Iterator[None]:
         raise type(error)(error.what, where=error.where or f"{spec.path}, [summaries]", why=error.why, do=do) from error
 
 
-def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say = print) -> dict[Path, xr.Dataset]:
+def compute(
+    spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say = print, client: Any = None
+) -> dict[Path, xr.Dataset]:
     """Fill the store of a study and export its Datasets, one for each direction and partition.
+
+    The workers of a Dask ``client`` compute what is missing, where one is given; this process alone writes.
 
     Where a unit cannot be computed the error goes to ``outcome.error``, and the Datasets have gaps. What is wrong with
     the study as a whole is raised, before anything is written.
@@ -281,6 +290,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
     with _of_study(spec):
         works = [Work(problem, Settings(**options)) for options in spec.settings()]
     _refuse_unfitting(run, works[0])
+    workers = None if client is None else _workers_of(client, spec)
     refuse_unusable(outcome.folder, DATASET)
     make_folder(outcome.folder)
     exported: dict[Path, xr.Dataset] = {}
@@ -291,7 +301,7 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
             for line in store.register(work.name, plan):
                 say(f"{outcome.name}: {line}")
             try:
-                outcome.computed += work.fill(store, run, plan, progress)
+                outcome.computed += work.fill(store, run, plan, progress, workers)
             except StoreError:
                 raise
             except Exception as error:
@@ -304,6 +314,14 @@ def compute(spec: StudySpec, outcome: Outcome, progress: bool = True, say: Say =
                 exported[path] = ds
     say(f"{outcome.name}: {_computed(outcome)}")
     return exported
+
+
+def _workers_of(client: Any, spec: StudySpec) -> Any:
+    from hoanalysis.cluster.clients import checked
+    from hoanalysis.cluster.driver import Workers
+    from hoanalysis.cluster.parcels import Source
+
+    return Workers(checked(client), Source.of_study(spec))
 
 
 def _hessians(

@@ -1,0 +1,219 @@
+"""What a worker does: one checkpoint's direction, or one unit, and nothing else; it never sees the store.
+
+Problems are built once a process, so that captured graphs, fingerprints and self-checks serve all its units. Before
+anything is computed the worker makes sure that it is about to compute what the driver asks for: the versions, the
+digest of the checkpoint, and the unit's whole key, hence also data, model and loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import socket
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import xarray as xr
+
+from hoanalysis import units
+from hoanalysis._version import __version__
+from hoanalysis.checkpoints import Checkpoint
+from hoanalysis.cluster.parcels import Order, Source
+from hoanalysis.errors import ClusterError, HoError, NoDirection, listed
+from hoanalysis.problem import Problem
+from hoanalysis.store.container import canonical
+from hoanalysis.summaries import Work
+
+T = TypeVar("T")
+
+_SHORT = 12  # letters of a digest in an error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker gives back: a value, or the error that a user can cause, and what it warned of meanwhile."""
+
+    value: Any = None
+    error: HoError | None = None
+    remarks: list[tuple[type[Warning], str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The directions that a unit is computed with, in the place of the store that a worker does not see."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def read_arrays(self, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: np.array(a) for name, a in self.arrays.items()}  # what was received may be read-only
+
+    def publish_arrays(self, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        raise AssertionError("a direction that was given is not computed again")
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on driver and workers; of ``cpu`` the last bits depend alone."""
+    return {
+        "hoanalysis": __version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),  # what cloudpickle can take from one to another
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "xarray": xr.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def different(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, str]:
+    """What of ``there`` cannot work with ``here``: name -> sentence."""
+    return {k: f"{k} {there.get(k)} there, {v} here" for k, v in here.items() if k != "cpu" and there.get(k) != v}
+
+
+# ---- the tasks --------------------------------------------------------------------------------------------------
+
+
+def _answering(fn: Callable[..., Any]) -> Callable[..., Answer]:
+    """An error that a user can cause is an answer: Dask repeats tasks that raise, and it would come again."""
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> Answer:
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            try:
+                value, error = fn(*args), None
+            except HoError as raised:
+                value, error = None, raised
+        told = [(w.category, str(w.message)) for w in remarks if issubclass(w.category, UserWarning)]
+        return Answer(value, error, list(dict.fromkeys(told)))
+
+    return run
+
+
+def itself(source: Source) -> Source:
+    """A source as the result of a task: where it is lost with its worker, Dask makes it again."""
+    return source
+
+
+@_answering
+def direction(source: Source, order: Order, position: int, key: Mapping[str, Any]) -> Any:
+    """The gradient at a checkpoint, as arrays by parameter name, or the gap where it is zero. ``key`` is the unit's."""
+    work, checkpoint = _begin(source, order, position, key)
+    try:
+        return work.direction_arrays(checkpoint, order.run)
+    except NoDirection as e:
+        return units.gap({"what": e.what, "why": e.why, "do": e.do})
+
+
+@_answering
+def unit(source: Source, order: Order, position: int, key: Mapping[str, Any], given: Answer | None) -> Any:
+    """The unit of ``key``; with the direction that was ``given``, or with one that it makes itself."""
+    if given is not None and given.error is not None:
+        raise given.error
+    if given is not None and isinstance(given.value, xr.Dataset):
+        return given.value  # a gap
+    work, checkpoint = _begin(source, order, position, key)
+    directions = None if given is None else Given(given.value)
+    return work.of_checkpoint(checkpoint, order.run, position, key, directions)
+
+
+# ---- before anything is computed --------------------------------------------------------------------------------
+
+#: Of this process: the digest of the source it works on and its problem, and that problem's settings.
+_BUILT: dict[str, Problem] = {}
+_WORKS: dict[str, Work] = {}
+
+
+def _begin(source: Source, order: Order, position: int, key: Mapping[str, Any]) -> tuple[Work, Checkpoint]:
+    """The work of an order and the checkpoint, of which the digest is that of the key, as is all else in it."""
+    torch.set_num_threads(order.threads)  # in this thread: the last bits depend on how many there are
+    if wrong := different(versions(), order.versions):
+        raise versions_differ({socket.gethostname(): wrong})
+    work = _work(source, order)
+    checkpoint = _checkpoint(order, position, key["checkpoint"])
+    _refuse_other_key(work.key(checkpoint.sha256, key["relatives"]), key)
+    return work, checkpoint
+
+
+def _work(source: Source, order: Order) -> Work:
+    if source.digest not in _BUILT:
+        problem = _built(source)
+        _BUILT.clear()
+        _WORKS.clear()
+        _BUILT[source.digest] = problem
+    if order.digest not in _WORKS:
+        _WORKS[order.digest] = Work(_BUILT[source.digest], order.settings)
+    return _WORKS[order.digest]
+
+
+def _built(source: Source) -> Problem:
+    try:
+        return source.problem()
+    except Exception as error:
+        told = error.what if isinstance(error, HoError) else f"{type(error).__name__}: {error}"
+        missing = isinstance(error, ModuleNotFoundError) or isinstance(error.__cause__, ModuleNotFoundError)
+        raise ClusterError(
+            "model, data or loss cannot be built on a worker, and could be built here",
+            where=f"worker on {socket.gethostname()}",
+            why=told,
+            do="install the module there, send it with client.upload_file('module.py') before the call, or put it "
+            "beside the study file on a file system that every worker sees"
+            if missing
+            else "make what the factories read (modules, data files, devices) available on every worker",
+        ) from error
+
+
+def _checkpoint(order: Order, position: int, sha256: str) -> Checkpoint:
+    path, host = order.run.paths[position], socket.gethostname()
+    if not path.exists():
+        raise ClusterError(
+            "a worker does not see the checkpoint",
+            where=f"{path} on {host}",
+            why="the driver sees it: the path is local to its machine, or mounted elsewhere there",
+            do="put the checkpoints on a file system that every worker sees under the same path",
+        )
+    checkpoint = order.run[position]
+    if checkpoint.sha256 != sha256:
+        raise ClusterError(
+            "the checkpoint on a worker is not the driver's",
+            where=f"{path} on {host}",
+            why=f"its SHA-256 is {checkpoint.sha256[:_SHORT]}.. there, {sha256[:_SHORT]}.. on the driver",
+            do="put the checkpoints on a file system that every worker sees under the same path, or copy them again",
+        )
+    return checkpoint
+
+
+_NOUNS = {
+    "data": "the data",
+    "direction_data": "the data of the direction",
+    "model": "the class of the model",
+    "model_repr": "the layers of the model",
+    "loss": "the loss",
+    "train_mode": "the modes of the model's modules",
+}
+
+
+def _refuse_other_key(found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
+    """A unit that was computed of other data, say, would be stored under the key of the driver's."""
+    if canonical(found) == canonical(key):
+        return
+    other = [k for k in key if json.dumps(found.get(k)) != json.dumps(key[k])]
+    raise ClusterError(
+        f"{' and '.join(_NOUNS.get(k, repr(k)) for k in other)} on a worker differ from the driver's",
+        where=f"worker on {socket.gethostname()}",
+        why="; ".join(f"{k}: {str(found.get(k))[:60]} there, {str(key[k])[:60]} on the driver" for k in other),
+        do="make the factories give the same on every machine: the same files, versions and seeds",
+    )
+
+
+def versions_differ(wrong: Mapping[str, Mapping[str, str]]) -> ClusterError:
+    return ClusterError(
+        "workers have other versions than the driver: results would differ, or not be understood",
+        where=listed(wrong),
+        why="; ".join(f"{host}: {', '.join(w.values())}" for host, w in wrong.items()),
+        do="install the same versions everywhere (pip install -c constraints.txt), and restart the workers",
+        kept="finished units",
+    )
