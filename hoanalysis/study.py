@@ -29,6 +29,8 @@ from hoanalysis.errors import HoError, StudyError, listed, nearest
 from hoanalysis.schema import DIRECTIONS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hoanalysis.checkpoints import Run
     from hoanalysis.problem import Problem
 
@@ -159,25 +161,37 @@ class StudySpec(_Table):
         """Model, data and loss as a `Problem`."""
         from hoanalysis.problem import Problem
 
+        model, (data, of_direction) = self.network(), self.batches()
+        return Problem(model, data, self.loss_function(), direction_data=of_direction)
+
+    def network(self) -> nn.Module:
+        """The model, in the mode that the study asks for."""
         with _importable(self.folder):
             model = self._call("model", self.model.factory, self.model.args)
-            options = {
-                k: v
-                for k, v in (("batch_size", self.data.batch_size), ("max_samples", self.data.max_samples))
-                if v is not None
-            }
-            data = self._call("data", self.data.factory, {**self.data.args, **options})
-            direction_data = None
-            if self.data.direction_samples is not None:
-                args = {**self.data.args, **options, "max_samples": self.data.direction_samples}
-                direction_data = self._call("data", self.data.factory, args)
-            loss = self._loss()
         if not hasattr(model, "named_parameters"):
             raise StudyError(
                 f"[model] factory {self.model.factory!r} gave a {type(model).__name__}, not a torch.nn.Module",
                 where=str(self.path),
             )
-        return Problem(model.train(self.model.mode == "train"), data, loss, direction_data=direction_data)
+        return model.train(self.model.mode == "train")
+
+    def batches(self) -> tuple[Any, Any]:
+        """The data, and those of the direction ``"gradient"`` where they are others (else None)."""
+        sizes = (("batch_size", self.data.batch_size), ("max_samples", self.data.max_samples))
+        args = {**self.data.args, **{k: v for k, v in sizes if v is not None}}
+        with _importable(self.folder):
+            data = self._call("data", self.data.factory, args)
+            if self.data.direction_samples is None:
+                return data, None
+            return data, self._call("data", self.data.factory, {**args, "max_samples": self.data.direction_samples})
+
+    def loss_function(self) -> Any:
+        """The loss: the function that is named, with its arguments, or what the class that is named makes."""
+        with _importable(self.folder):
+            target = self._import("loss", self.loss.factory)
+            if inspect.isclass(target):
+                return self._call("loss", self.loss.factory, self.loss.args)
+            return functools.partial(target, **self.loss.args) if self.loss.args else target
 
     def run(self) -> Run:
         """The checkpoints, in order."""
@@ -236,12 +250,6 @@ class StudySpec(_Table):
         if s.curvature is None:
             return None
         return {**s.curvature.model_dump(), "include_frozen": s.include_frozen, "seed": s.seed, "dtype": s.dtype}
-
-    def _loss(self) -> Any:
-        target = self._import("loss", self.loss.factory)
-        if inspect.isclass(target):
-            return self._call("loss", self.loss.factory, self.loss.args)
-        return functools.partial(target, **self.loss.args) if self.loss.args else target
 
     def _call(self, table: str, factory: str, args: dict[str, Any]) -> Any:
         target = self._import(table, factory)
