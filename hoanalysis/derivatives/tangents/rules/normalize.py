@@ -68,27 +68,26 @@ class Normalize(Local):
         self._kept = ()
 
     def _tilde(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """a~ as (k, M, n) and alpha as (k, M)."""
+        """r a~ as (k, M, n) and alpha as (k, M)."""
         return self._once(x, "tilde", lambda: self._read(x)[:2])
 
     def _read(self, x: Tensor, lam: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """a~, alpha and, where ``lam`` is given, beta = <lam, a~>, of each tangent while it is in the cache."""
-        X, c = self._rows(x), self.c / self.n
-        T = torch.empty(X.shape, dtype=X.dtype, device=X.device) if self.center else X
-        alpha = X.new_empty(X.shape[:2])
-        beta = None if lam is None else X.new_empty(X.shape[:2])
-        for i in blocks(X):
-            if self.center:
-                torch.sub(X[i], X[i].mean(-1, keepdim=True), out=T[i])
-            torch.sum(T[i] * c, -1, out=alpha[i])
-            if lam is not None and beta is not None:
-                torch.sum(T[i] * lam, -1, out=beta[i])
-        return T, alpha, beta
+        """r a~, alpha and, where ``lam`` is given, beta = <lam, a~>, of each tangent.
+
+        <c, a~> = <c, a> and <lam, a~> = <lam~, a>, so that all inner products of a row are one matrix product.
+        """
+        X = self._rows(x)
+        onto = [self.c / self.n] + [torch.full_like(self.c, 1 / self.n)] * self.center
+        onto += [] if lam is None else [self._centred(lam)]
+        products = torch.bmm(torch.stack(onto, 1), X.permute(1, 2, 0)).permute(1, 2, 0).contiguous()  # (2 or 3, k, M)
+        T = (X - products[1][..., None]).mul_(self.r) if self.center else X * self.r
+        return T, products[0], None if lam is None else products[-1]
 
     def _variances(self, x: Tensor) -> Tensor:
         """A_aa as (k, M)."""
         T, _ = self._tilde(x)
-        return self._once(x, "variances", lambda: self._dot(T, T) / self.n)
+        r = self.r[:, 0]
+        return self._once(x, "variances", lambda: torch.linalg.vector_norm(T, dim=-1).div_(r).square_() / self.n)
 
     def _rows(self, stack: Tensor) -> Tensor:
         """A stack as (k, M, n)."""
@@ -100,11 +99,8 @@ class Normalize(Local):
 
     def push(self, key: Key, stack: Tensor) -> Tensor:
         T, alpha = self._tilde(stack)
-        along = (self.r[:, 0] * alpha)[..., None]  # <y, a~> / n
-        out = torch.empty(T.shape, dtype=T.dtype, device=T.device)
-        for i in blocks(T):
-            torch.addcmul(T[i], along[i], self.y, value=-1, out=out[i]).mul_(self.r)
-        return out.view(len(stack), *self.shape)
+        along = self.r[:, 0] * alpha  # <y, a~> / n
+        return torch.addcmul(T, along[..., None], self.y * self.r, value=-1).view(len(stack), *self.shape)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         Y = self._rows(stack)
@@ -123,7 +119,7 @@ class Normalize(Local):
         beta, gamma, r = self._scalars(lam, x.data)
         T, alpha = self._tilde(x.data)
         cross = (3 * gamma * r**5 / 2 * alpha - r**3 * beta) @ alpha.T
-        weight = (-gamma * r**3 / self.n)[:, None].expand_as(self.c).reshape(-1)
+        weight = (-gamma * r / self.n)[:, None].expand_as(self.c).reshape(-1)
         sums.add2(x.groups, x.groups, weighted_gram(T.flatten(1), weight) + cross + cross.T)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
@@ -132,7 +128,7 @@ class Normalize(Local):
         T, alpha = self._tilde(x.data)
         k = len(T)
         by_row = T.transpose(0, 1)  # (M, k, n)
-        gram = (by_row @ by_row.mT / self.n).permute(1, 2, 0).reshape(k * k, -1)  # (k k, M)
+        gram = (by_row @ by_row.mT).permute(1, 2, 0).reshape(k * k, -1) / (self.n * r**2)  # (k k, M)
         # the three placements of  A_st Q_r + alpha_s alpha_t P_r, summed over rows
         Q, P = 3 * gamma * r**5 * alpha - r**3 * beta, 3 * r**5 * beta - 5 * gamma * r**7 * alpha
         groups = x.groups
@@ -142,7 +138,7 @@ class Normalize(Local):
             groups, Q = add_rows(lamT.groups, -(r**3) * gammas, x.groups, Q)
             groups, P = add_rows(lamT.groups, 3 * r**5 * gammas, x.groups, P)
             betas = (Y.transpose(0, 1) @ by_row.mT).permute(1, 2, 0)  # (K, k, M)
-            six = betas.reshape(len(Y) * k, -1) @ (-(r**3) * alpha).T
+            six = betas.reshape(len(Y) * k, -1) @ (-(r**2) * alpha).T
             sums.add3_six((lamT.groups, x.groups, x.groups), six.view(len(Y), k, k))
         alphas = (alpha[:, None] * alpha).flatten(0, 1)
         sums.add3_pairs(x.groups, groups, (gram @ Q.T + alphas @ P.T).view(k, k, -1))
@@ -154,7 +150,7 @@ class Normalize(Local):
         on_c = (3 * gamma * r**5 * alpha - r**3 * beta) / self.n
         out = on_c[..., None] * self.c
         out += (-(r**3) * alpha)[..., None] * lam.reshape(-1, self.n)
-        out -= (gamma * r**3 / self.n)[:, None] * T
+        out -= (gamma * r**2 / self.n)[:, None] * T
         return Stack(x.groups, self._centred(out).view(len(T), *self.shape))
 
     def bend(self, tangents: Stacks) -> Stack:
@@ -162,7 +158,7 @@ class Normalize(Local):
         T, alpha = self._tilde(x.data)
         r = self.r[:, 0]
         twice = 3 * r**5 * alpha**2 - r**3 * self._variances(x.data)
-        out = (-2 * r**3 * alpha)[..., None] * T + twice[..., None] * self.c
+        out = torch.mul((-2 * r**2 * alpha)[..., None], T).addcmul_(twice[..., None], self.c)
         return Stack(x.groups, out.view(len(T), *self.shape))
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
@@ -177,6 +173,6 @@ class Normalize(Local):
             beta2, _, _ = self._scalars(lam, x2.data)
             T2, alpha2 = self._tilde(x2.data)
             T1, alpha1, beta1 = (take(v, x.groups, x2.groups) for v in (T, alpha, beta))
-            mixed = 3 * r**5 * alpha1 * alpha2 - r**3 * self._dot(T1, T2) / self.n
+            mixed = 3 * r**5 * alpha1 * alpha2 - r * self._dot(T1, T2) / self.n
             total = -(r**3) * (beta2 * alpha1 + beta1 * alpha2) + gamma * mixed
             sums.add_diagonal(x2.groups, 3 * total.sum(1))
