@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hoanalysis import plots as plots
     from hoanalysis.checkpoints import load_checkpoint as load_checkpoint
     from hoanalysis.checkpoints import open_run as open_run
+    from hoanalysis.diagnosis import doctor as doctor
     from hoanalysis.explorer import explore as explore
     from hoanalysis.hessian import curvature as curvature
     from hoanalysis.partitions import Partition as Partition
@@ -36,6 +37,7 @@ _WHERE = {
     "Problem": "problem",
     "Recorder": "recorder",
     "curvature": "hessian",
+    "doctor": "diagnosis",
     "explore": "explorer",
     "load_checkpoint": "checkpoints",
     "open_dataset": "store",
@@ -56,6 +58,7 @@ __all__ = [
     "analysis",
     "curvature",
     "data",
+    "doctor",
     "errors",
     "explore",
     "load_checkpoint",

@@ -1,4 +1,4 @@
-"""The command line: ``hoanalysis init``, ``report``, ``summarize``, ``show``, ``diff``, ``unlock``."""
+"""The command line: ``hoanalysis init``, ``doctor``, ``report``, ``summarize``, ``show``, ``diff``, ``unlock``."""
 
 from __future__ import annotations
 
@@ -197,6 +197,26 @@ def summarize(
             typer.echo(f"summaries: {path}")
     if outcome.error is not None:
         raise outcome.error
+
+
+@app.command("doctor")
+@_command
+def doctor(
+    study: Annotated[Path, typer.Argument(help="a study.toml, or the folder that holds it")],
+    seconds: Annotated[float, typer.Option(min=0, help="for the comparison of the batches with each other")] = 20,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="what is well in full: the rule of each op")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Before paying for summaries: would the numbers of this study be right? Nothing is written.
+
+    Exit code 1 where they would be wrong or could not be had, 0 otherwise.
+    """
+    from hoanalysis.diagnosis import doctor as examine
+
+    diagnosis = examine(study, seconds=seconds)
+    typer.echo(diagnosis.to_json() if as_json else diagnosis.text(verbose))
+    if diagnosis.wrong:
+        raise typer.Exit(1)
 
 
 @app.command("show")

@@ -305,7 +305,7 @@ class Problem:
         """
         count = 0
         with keep_random_state():
-            for batch in _loaded(self.data):
+            for batch in batches_of(self.data):
                 if max_batches is not None and count >= max_batches:
                     break
                 culprits.refuse_strange(tensors_of(batch), f"batch {count}")
@@ -354,7 +354,7 @@ class Problem:
         if key not in self.cache:
             count = sum(1 for _ in self.batches(max_batches))
             with keep_random_state():  # another seed, since a pass keeps the random state that it started from
-                _seed_everything(1)
+                seed_everything(1)
                 next(iter(self.batches(1)))
             self.cache[key] = hashlib.sha256("".join(self.cache["batch digests"][:count]).encode()).hexdigest()
         return self.cache[key]
@@ -385,15 +385,7 @@ class Problem:
         return of_pair
 
     def _refuse_dropout(self) -> None:
-        active = [
-            n or type(m).__name__
-            for n, m in self.model.named_modules()
-            if m.training
-            and (
-                (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
-                or (isinstance(m, (nn.RNNBase, nn.MultiheadAttention)) and m.dropout > 0)
-            )
-        ]
+        active = [name for name, _ in active_dropout(self.model)]
         if active:
             raise ModelError(
                 f"dropout is active in {listed(active)}",
@@ -408,7 +400,7 @@ class Problem:
         values = []
         with keep_random_state(), naming_batch(0), _refusing_broadcast_targets():
             for seed in (0, 1):
-                _seed_everything(seed)
+                seed_everything(seed)
                 values.append(float(self.batch_value(copies, state, batch).detach()))
         if changed := [
             n for n, p in state.parameters.items() if not torch.equal(p.nan_to_num(), copies[n].nan_to_num())
@@ -490,7 +482,7 @@ def _plain(module: nn.Module) -> Iterator[tuple]:
             yield name, id(value), value._version
 
 
-def _loaded(data: Iterable[Batch]) -> Iterator[Batch]:
+def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of one pass; what the user's loader raises names the batch."""
     count, iterator = 0, None
     while True:
@@ -761,6 +753,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def active_dropout(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that draw random numbers in the mode they are in, with their names."""
+    return [
+        (name or type(m).__name__, m)
+        for name, m in model.named_modules()
+        if m.training
+        and (
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+            or (isinstance(m, (nn.RNNBase, nn.MultiheadAttention)) and m.dropout > 0)
+        )
+    ]
+
+
 def _mode_matters(m: nn.Module) -> bool:
     return isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
 
@@ -834,7 +839,7 @@ def keep_random_state() -> Iterator[None]:
         random.setstate(python_state)
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
