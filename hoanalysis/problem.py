@@ -817,14 +817,17 @@ def full_precision() -> Iterator[None]:
 
     Whoever called gets the settings back.
     """
-    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    onednn: Any = torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, onednn.fp32_precision
     try:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
+        onednn.fp32_precision = "ieee"
         yield
     finally:
         torch.set_float32_matmul_precision(kept[0])
         torch.backends.cudnn.allow_tf32 = kept[1]
+        onednn.fp32_precision = kept[2]
 
 
 @contextlib.contextmanager

@@ -803,14 +803,20 @@ def test_autocast_is_off_within():
 @pytest.mark.row("N5")
 def test_products_are_taken_in_full_precision_and_the_settings_come_back():
     """TF32 is for GPUs; bfloat16 within products of float32 is what the same switch means on a CPU."""
-    seen = []
+    conv = torch.backends.mkldnn.conv
+
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, conv.fp32_precision
+
+    seen, before = [], settings()
 
     def loss(output, target):
-        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        seen.append(settings())
         return F.cross_entropy(output, target)
 
     torch.set_float32_matmul_precision("medium")
     torch.backends.cudnn.allow_tf32 = True
+    conv.fp32_precision = "bf16"
     try:
         problem = Problem(nn.Linear(4, 3), [(tensors(5, 4).float(), classes(5))], loss, batch_size=lambda b: len(b[1]))
         seen.clear()
@@ -820,11 +826,12 @@ def test_products_are_taken_in_full_precision_and_the_settings_come_back():
             lambda: ho.curvature(problem, probes=3, progress=False),
         ):
             call()
-            assert set(seen) == {("highest", False)}
-            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("medium", True)
+            assert set(seen) == {("highest", False, "ieee")}
+            assert settings() == ("medium", True, "bf16")
             seen.clear()
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32, conv.fp32_precision = before[1:]
 
 
 @pytest.mark.row("M7")

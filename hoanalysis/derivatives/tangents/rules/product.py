@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.derivatives.tangents.groups import Sums, common, flat, take
+from hoanalysis.derivatives.tangents.kernels import by_rows, by_rows_into, by_rows_onto
 from hoanalysis.derivatives.tangents.rules.base import Key, Local, Stack, Stacks, rule
 from hoanalysis.derivatives.tangents.shapes import lift, spread, sum_to
 
@@ -246,13 +247,13 @@ class LinearLayer(Product):
 
     def apply(self, a: Tensor, b: Tensor, stacked_a: bool, stacked_b: bool) -> Tensor:
         if not stacked_b:
-            return torch.matmul(a.reshape(-1, a.shape[-1]), b.mT).view(*a.shape[:-1], -1)
+            return by_rows(a, b)
         a = a.reshape(len(b), -1, a.shape[-1]) if stacked_a else a.reshape(-1, a.shape[-1])
         return torch.matmul(a, b.mT).reshape(len(b), *self.value.shape)
 
     def pull_a(self, y: Tensor, b: Tensor, stacked_y: bool, stacked_b: bool) -> Tensor:
         if not stacked_b:
-            return torch.matmul(y.reshape(-1, y.shape[-1]), b).view(*y.shape[:-1], -1)
+            return by_rows(y, b.mT)
         y = y.reshape(len(b), -1, y.shape[-1]) if stacked_y else y.reshape(-1, y.shape[-1])
         return torch.matmul(y, b).reshape(len(b), *self.a.shape)
 
@@ -263,15 +264,15 @@ class LinearLayer(Product):
 
     def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
         if key == 0:
-            torch.mm(stack.reshape(-1, stack.shape[-1]), self.b.mT, out=out.view(-1, out.shape[-1]))
+            by_rows_into(stack, self.b, out)
         elif key == 1 and len(stack) == 1:
-            torch.mm(self.a.reshape(-1, self.a.shape[-1]), stack[0].mT, out=out.view(-1, out.shape[-1]))
+            by_rows_into(self.a, stack[0], out)
         else:
             out.copy_(self.push(key, stack))
 
     def push_onto(self, key: Key, stack: Tensor, out: Tensor) -> None:
         if key == 0:
-            out.view(-1, out.shape[-1]).addmm_(stack.reshape(-1, stack.shape[-1]), self.b.mT)
+            by_rows_onto(stack, self.b, out)
         else:
             out += self.push(key, stack)
 
