@@ -456,7 +456,11 @@ class Work:
     ) -> units.Parts:
         """What a unit is made of."""
         s = self.settings
-        state, identity = self._at(checkpoint)
+        state = self.state(checkpoint)
+        identity = self._identity(state, checkpoint)
+        if self.problem.cache.get("deterministic") != identity:
+            self.problem.check_deterministic(state)
+            self.problem.cache["deterministic"] = identity
         u = self.direction(state, checkpoint, run, progress, store, identity)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory, identity)
         try:
@@ -482,22 +486,6 @@ class Work:
         if s.tolerance is not None:
             facts["stopping"] = stopping(sums, s.tolerance)
         return sums.parts(norms, facts)
-
-    def _at(self, checkpoint: Any) -> tuple[State, tuple]:
-        """The point at a checkpoint and its identity; where the loss is a function of the parameters."""
-        state = self.state(checkpoint)
-        identity = self._identity(state, checkpoint)
-        if self.problem.cache.get("deterministic") != identity:
-            self.problem.check_deterministic(state)
-            self.problem.cache["deterministic"] = identity
-        return state, identity
-
-    @full_precision()
-    def direction_arrays(self, checkpoint: Checkpoint, run: Run) -> dict[str, np.ndarray]:
-        """The direction at a checkpoint, as a store holds it."""
-        state, identity = self._at(checkpoint)
-        u = self.direction(state, checkpoint, run, progress=False, identity=identity)
-        return {n: t.cpu().numpy() for n, t in u.tensors.items()}
 
     def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Directions | None = None) -> xr.Dataset:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""

@@ -20,11 +20,13 @@ FIRST_WORKER = 60.0  # seconds until a first worker has to be there
 SHORTEST_SILENCE = 60.0  # seconds of worker-ttl under which a long product of matrices may pass for a dead worker
 
 #: Of a cluster that is started here. Three kills make a suspect; workers are spawned, since torch does not survive a
-#: fork; they may have children, so that loaders with num_workers work in them.
+#: fork; they may have children, so that loaders with num_workers work in them. The last is how long after a death Dask
+#: gives up a worker's place, if it is empty at that very moment: with one unit that kills again and again it often is.
 _LOCAL = {
     "distributed.scheduler.allowed-failures": 2,
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.worker.daemon": False,
+    "distributed.deploy.lost-worker-timeout": "1000 days",
 }
 
 
@@ -109,15 +111,17 @@ def _started(workers: int) -> Iterator[Client]:
 
     import dask
 
-    with dask.config.set(_LOCAL):
-        cluster = distributed.LocalCluster(
+    with (
+        dask.config.set(_LOCAL),
+        distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,  # what is lost is told by `hoanalysis.cluster.driver`
-        )
-    with cluster, distributed.Client(cluster, set_as_default=False) as client:
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
         yield client
 
 

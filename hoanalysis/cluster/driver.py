@@ -38,6 +38,9 @@ RETRIES = 2  # of a task that raises what no user causes: a file system that hic
 AHEAD = 2  # units out for each worker: one in work, one that it can begin while the first is written
 
 
+SMALL = 2**20  # bytes of a source that is not worth a task of its own
+
+
 class ClusterWarning(UserWarning):
     """Workers were lost, or are not all alike; no number is wrong."""
 
@@ -52,7 +55,7 @@ class Workers:
     def units(self, work: Work, items: Iterable[Item], run: Run, store: Store | None) -> Iterator[tuple[Item, Made]]:
         """Each item with its unit, or with what went wrong with it, in the order in which they are done.
 
-        Directions are published in ``store`` as they come; of units the caller does so.
+        Directions are published in ``store`` with the first unit that needs them; of units the caller does so.
 
         Raises
         ------
@@ -76,9 +79,15 @@ class Workers:
                     stacklevel=2,
                 )
 
-    def _on_cluster(self) -> Future:
-        """The source as a result that Dask makes again where the workers that hold it are lost."""
-        if self._sent is None or self._sent.status in ("error", "cancelled", "lost"):
+    def _on_cluster(self) -> Future | Source:
+        """The source as it goes with every unit; a large one as a result that workers fetch from one another.
+
+        Dask makes such a result again where the workers that hold it are lost, but whoever was about to fetch it waits
+        for a dead one's answer (``distributed.comm.timeouts.connect``, 30 s).
+        """
+        if len(self.source.content) < SMALL:
+            return self.source
+        if self._sent is None or self._sent.status in ("error", "cancelled"):
             key = f"source-{self.source.digest[:12]}-{secrets.token_hex(4)}"
             self._sent = _submit(self.client, worker.itself, self.source, key=key)
         return self._sent
@@ -87,11 +96,10 @@ class Workers:
 class _Flight:
     """Units on their way."""
 
-    def __init__(self, client: Client, source: Future, order: Order, work: Work, store: Store | None) -> None:
+    def __init__(self, client: Client, source: Future | Source, order: Order, work: Work, store: Store | None) -> None:
         self.client, self.source, self.order, self.work, self.store = client, source, order, work, store
         self.token = secrets.token_hex(4)  # keys are never those of another call: Dask remembers what failed
         self.units: dict[Future, Item] = {}
-        self.directions: dict[Future, dict[str, Any]] = {}  # with their keys in the store
         self.number = 0
         self.lonely_since: float | None = None
 
@@ -106,11 +114,8 @@ class _Flight:
             while waiting and len(self.units) < room:
                 self._launch(waiting.popleft())
             for future in self._done():
-                if future in self.directions:
-                    self._keep(future)
-                    continue
                 item = self.units.pop(future)
-                if future.status in ("cancelled", "lost"):  # with the scheduler, or by somebody else
+                if future.status == "cancelled":  # with the scheduler, or by somebody else
                     self._threads()
                     waiting.append(item)
                 elif not isinstance(killed := _error(future), KilledWorker):
@@ -122,52 +127,42 @@ class _Flight:
 
     def _launch(self, item: Item) -> None:
         position, key = item
-        name = f"{self.order.run.steps[position]}-{self.token}-{self.number}"
+        name = f"unit-{self.order.run.steps[position]}-{self.token}-{self.number}"
         self.number += 1
-        task = (self.source, self.order, position, key)
-        given: Any = None
-        if self.work.direction_name == "gradient":  # the one that takes a pass over the data, and that a store keeps
-            own = self.work.direction_key(key["checkpoint"])
-            stored = self.store.read_arrays(own) if self.store is not None else None
-            if stored is not None:
-                given = worker.Answer(stored)
-            else:
-                given = _submit(self.client, worker.direction, *task, key=f"direction-{name}", retries=RETRIES)
-                self.directions[given] = own
-        self.units[_submit(self.client, worker.unit, *task, given, key=f"unit-{name}", retries=RETRIES)] = item
+        stored = None
+        if self.store is not None:
+            stored = self.store.read_arrays(self.work.direction_key(key["checkpoint"]))
+        future = _submit(
+            self.client, worker.unit, self.source, self.order, position, key, stored, key=name, retries=RETRIES
+        )
+        self.units[future] = item
 
     def _done(self) -> list[Future]:
-        """What has come back: directions first, so that none is lost of which the unit is there."""
-        futures = [*self.directions, *self.units]
-        while not (done := [f for f in futures if f.status != "pending"]):
+        """What has come back, at least one; what is lost with its worker is computed again."""
+        while not (done := [f for f in self.units if f.status not in ("pending", "lost")]):
             try:
                 with self.client.as_current():
-                    wait(futures, timeout=POLL, return_when="FIRST_COMPLETED")
+                    wait(list(self.units), timeout=POLL, return_when="FIRST_COMPLETED")
             except TimeoutError:
                 self._refuse_abandoned()
             except FuturesCancelledError:
                 pass
-        return [f for f in futures if f.status != "pending"] if any(f in self.units for f in done) else done
-
-    def _keep(self, future: Future) -> None:
-        """Publish a direction. One that failed is told by its unit."""
-        key = self.directions.pop(future)
-        if self.store is None or future.status != "finished":
-            return
-        answer = future.result()
-        if answer.error is None and isinstance(answer.value, dict):
-            self.store.publish_arrays(key, answer.value)
+        return done
 
     def _made(self, item: Item, future: Future) -> Made:
         def made() -> xr.Dataset:
             answer = future.result()
+            future.release()  # else Dask would compute it again, should the worker that holds it die
+            position, key = item
             for category, text in answer.remarks:
                 warnings.warn(text, category, stacklevel=4)
+            if answer.direction is not None and self.store is not None:
+                self.store.publish_arrays(self.work.direction_key(key["checkpoint"]), answer.direction)
             if isinstance(answer.error, ClusterError):  # what differs there may have changed here
-                refuse_replaced(self.order.run, *item)
+                refuse_replaced(self.order.run, position, key)
             if answer.error is not None:
                 raise answer.error
-            return answer.value
+            return answer.unit
 
         return made
 
@@ -187,11 +182,9 @@ class _Flight:
 
     def abandon(self) -> None:
         """Take back what is out: nobody waits for it any more."""
-        out = [*self.units, *self.directions]
-        if out and self.client.status == "running":
-            self.client.cancel(out)
+        if self.units and self.client.status == "running":
+            self.client.cancel(list(self.units))
         self.units.clear()
-        self.directions.clear()
 
 
 def _submit(client: Client, fn: Callable, *args: Any, **options: Any) -> Future:

@@ -1,4 +1,4 @@
-"""What a worker does: one checkpoint's direction, or one unit, and nothing else; it never sees the store.
+"""What a worker does: one unit, with its direction, and nothing else; it never sees the store.
 
 Problems are built once a process, so that captured graphs, fingerprints and self-checks serve all its units. Before
 anything is computed the worker makes sure that it is about to compute what the driver asks for: the versions, the
@@ -7,53 +7,53 @@ digest of the checkpoint, and the unit's whole key, hence also data, model and l
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from hoanalysis import units
 from hoanalysis._version import __version__
 from hoanalysis.checkpoints import Checkpoint
 from hoanalysis.cluster.parcels import Order, Source
-from hoanalysis.errors import ClusterError, HoError, NoDirection, listed
+from hoanalysis.errors import ClusterError, HoError, listed
 from hoanalysis.problem import Problem
 from hoanalysis.store.container import canonical
 from hoanalysis.summaries import Work
 
-T = TypeVar("T")
-
 _SHORT = 12  # letters of a digest in an error
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """What a worker gives back: a value, or the error that a user can cause, and what it warned of meanwhile."""
+    """What a worker gives back: a unit, or the error that a user can cause; and what else came of it."""
 
-    value: Any = None
+    unit: xr.Dataset | None = None
     error: HoError | None = None
+    direction: dict[str, np.ndarray] | None = None  # one that was computed, for the store
     remarks: list[tuple[type[Warning], str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Given:
-    """The directions that a unit is computed with, in the place of the store that a worker does not see."""
+    """A direction in the place of the store, which a worker does not see: what the driver read, or what is made."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray] | None
+    made: dict[str, np.ndarray] | None = None
 
-    def read_arrays(self, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def read_arrays(self, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        if self.arrays is None:
+            return None
         return {name: np.array(a) for name, a in self.arrays.items()}  # what was received may be read-only
 
     def publish_arrays(self, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        raise AssertionError("a direction that was given is not computed again")
+        self.made = dict(arrays)
 
 
 def versions() -> dict[str, str]:
@@ -76,48 +76,29 @@ def different(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, st
 # ---- the tasks --------------------------------------------------------------------------------------------------
 
 
-def _answering(fn: Callable[..., Any]) -> Callable[..., Answer]:
-    """An error that a user can cause is an answer: Dask repeats tasks that raise, and it would come again."""
-
-    @functools.wraps(fn)
-    def run(*args: Any) -> Answer:
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always")
-            try:
-                value, error = fn(*args), None
-            except HoError as raised:
-                value, error = None, raised
-        told = [(w.category, str(w.message)) for w in remarks if issubclass(w.category, UserWarning)]
-        return Answer(value, error, list(dict.fromkeys(told)))
-
-    return run
-
-
 def itself(source: Source) -> Source:
     """A source as the result of a task: where it is lost with its worker, Dask makes it again."""
     return source
 
 
-@_answering
-def direction(source: Source, order: Order, position: int, key: Mapping[str, Any]) -> Any:
-    """The gradient at a checkpoint, as arrays by parameter name, or the gap where it is zero. ``key`` is the unit's."""
-    work, checkpoint = _begin(source, order, position, key)
-    try:
-        return work.direction_arrays(checkpoint, order.run)
-    except NoDirection as e:
-        return units.gap({"what": e.what, "why": e.why, "do": e.do})
+def unit(
+    source: Source, order: Order, position: int, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None
+) -> Answer:
+    """The unit of ``key``, along the direction ``arrays`` where it was computed before.
 
-
-@_answering
-def unit(source: Source, order: Order, position: int, key: Mapping[str, Any], given: Answer | None) -> Any:
-    """The unit of ``key``; with the direction that was ``given``, or with one that it makes itself."""
-    if given is not None and given.error is not None:
-        raise given.error
-    if given is not None and isinstance(given.value, xr.Dataset):
-        return given.value  # a gap
-    work, checkpoint = _begin(source, order, position, key)
-    directions = None if given is None else Given(given.value)
-    return work.of_checkpoint(checkpoint, order.run, position, key, directions)
+    An error that a user can cause is an answer: Dask repeats tasks that raise, and it would come again.
+    """
+    answer, given = Answer(), Given(arrays)
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        try:
+            work, checkpoint = _begin(source, order, position, key)
+            answer.unit = work.of_checkpoint(checkpoint, order.run, position, key, given)
+        except HoError as error:
+            answer.error = error
+    told = [(w.category, str(w.message)) for w in remarks if issubclass(w.category, UserWarning)]
+    answer.direction, answer.remarks = given.made, list(dict.fromkeys(told))
+    return answer
 
 
 # ---- before anything is computed --------------------------------------------------------------------------------

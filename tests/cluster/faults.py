@@ -1,0 +1,100 @@
+"""Faults of workers: plugins that a worker keeps when it is started again, and which the driver takes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, WorkerPlugin
+
+
+@dataclass
+class Kill(WorkerPlugin):
+    """SIGKILL to the worker itself at the unit of a checkpoint: at its second batch, or when it is done.
+
+    Each death leaves a file in ``folder``; there are at most ``times`` of them.
+    """
+
+    sha256: str
+    folder: Path
+    times: int = 1
+    when: str = "at work"
+    name: str = "kill"
+
+    def setup(self, worker: Any) -> None:
+        from hoanalysis.derivatives import engines
+        from hoanalysis.summaries import Work
+
+        self.whole = whole = Work.of_checkpoint, engines.Engine.batch
+        state = {"key": None, "batches": 0}
+
+        def of_checkpoint(work, checkpoint, run, position, key, store):
+            state.update(key=key["checkpoint"], batches=0)
+            unit = whole[0](work, checkpoint, run, position, key, store)
+            if self.when == "done" and key["checkpoint"] == self.sha256:
+                self.die()
+            state["key"] = None
+            return unit
+
+        def batch(engine, given):
+            state["batches"] += 1
+            if self.when == "at work" and state["key"] == self.sha256 and state["batches"] == 2:
+                self.die()
+            return whole[1](engine, given)
+
+        Work.of_checkpoint, engines.Engine.batch = of_checkpoint, batch
+
+    def teardown(self, worker: Any) -> None:
+        from hoanalysis.derivatives import engines
+        from hoanalysis.summaries import Work
+
+        Work.of_checkpoint, engines.Engine.batch = self.whole
+
+    def die(self) -> None:
+        if deaths(self.folder) < self.times:
+            (self.folder / f"{os.getpid()}.death").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Slow(WorkerPlugin):
+    """Each unit takes so many seconds more."""
+
+    seconds: float
+    name: str = "slow"
+
+    def setup(self, worker: Any) -> None:
+        from hoanalysis.summaries import Work
+
+        self.whole = whole = Work.of_checkpoint
+
+        def of_checkpoint(work, *args):
+            time.sleep(self.seconds)
+            return whole(work, *args)
+
+        Work.of_checkpoint = of_checkpoint
+
+    def teardown(self, worker: Any) -> None:
+        from hoanalysis.summaries import Work
+
+        Work.of_checkpoint = self.whole
+
+
+def deaths(folder: Path) -> int:
+    return len(list(folder.glob("*.death")))
+
+
+@contextlib.contextmanager
+def plugged(client: Client, plugin: WorkerPlugin) -> Iterator[None]:
+    client.register_plugin(plugin)
+    try:
+        yield
+    finally:
+        client.wait_for_workers(2, timeout=60)
+        client.unregister_worker_plugin(plugin.name)
