@@ -77,7 +77,7 @@ def in_kernel(ds: xr.Dataset, state: dict) -> list[tuple[float, float]]:
 def in_browser(ds: xr.Dataset) -> list[float]:
     """Seconds from the key press until the browser has the new picture and the new sentence."""
     sys.path.insert(0, str(ROOT))
-    from tests.explorer import test_browser as lab
+    from tests.explorer import lab
 
     with tempfile.TemporaryDirectory() as folder, lab.serve(Path(folder), ds) as (address, _):
         return lab.move_times(address, MOVES)

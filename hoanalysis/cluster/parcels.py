@@ -99,7 +99,11 @@ def _pickled(value: Any, blank: set[int]) -> bytes:
         def reducer_override(self, obj: Any) -> Any:
             if id(obj) in blank and isinstance(obj, Tensor):
                 return _blank, (type(obj) is nn.Parameter, tuple(obj.shape), obj.dtype, obj.device, obj.requires_grad)
-            return super().reducer_override(obj)
+            reduced = super().reducer_override(obj)
+            if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == 6:
+                # a class that is sent by value: cloudpickle drops where it was defined, and keys hold that
+                reduced[2][0].setdefault("__qualname__", obj.__qualname__)
+            return reduced
 
     buffer = io.BytesIO()
     WithoutWeights(buffer, protocol=5).dump(value)

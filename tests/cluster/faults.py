@@ -98,3 +98,17 @@ def plugged(client: Client, plugin: WorkerPlugin) -> Iterator[None]:
     finally:
         client.wait_for_workers(2, timeout=60)
         client.unregister_worker_plugin(plugin.name)
+
+
+def as_version(version: str) -> str:
+    """Make a worker say that it has another torch; what it has."""
+    import torch
+
+    kept, torch.__version__ = torch.__version__, version
+    return str(kept)
+
+
+def with_ttl(ttl: float, dask_scheduler: Any = None) -> float:
+    """Set after how much silence a scheduler takes a worker for dead; what it was."""
+    kept, dask_scheduler.worker_ttl = dask_scheduler.worker_ttl, ttl
+    return kept
