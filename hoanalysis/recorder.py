@@ -1,19 +1,22 @@
 """`Recorder`: what a later post-mortem needs, written while a model trains, cheap enough to leave on.
 
-Every step is copied into one of a ring of files that are mapped into memory, so that the latest steps are on disk even
-where the process is killed, and no step waits for the disk. A file is renamed before it is overwritten and again after:
-what is called ``step_*.safetensors`` is whole. Files leave the ring, and stay, where their step is a multiple of
-``every``, and around a break.
+Every step is copied into one of a ring of files that are mapped into memory, ``step_ring_<k>.safetensors``, so that the
+latest steps are on disk even where the process is killed, and no step waits for the disk. A slot is marked as torn
+before it is written over and as whole after: a torn one is no checkpoint to any reader, and `open_run` leaves it out.
+The header has a fixed place for the numbers of a step, so that none is made anew. A step that stays, because it is a
+multiple of ``every`` or near a break, and every step of the ring when the recorder is closed, is renamed to
+``step_<step>.safetensors``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,54 +26,70 @@ import torch
 from torch import Tensor, nn
 
 from hoanalysis.checkpoints.safetensors_file import DTYPES
+from hoanalysis.checkpoints.sniff import TORN, is_slot, slot_step
 from hoanalysis.errors import ArgumentError, CheckpointError
 
 _WORDS = {getattr(torch, name): (word, size) for word, (size, name) in DTYPES.items() if hasattr(torch, name)}
-ROOM = 2048  # bytes of a header for the facts of a step, whose length changes from step to step
+FIELD = 26  # characters of a number in a header, so that it is written over in place: the longest float has 24
 WINDOW, ENOUGH = 32, 16  # losses that a break is seen against, and how many there must be
 JUMP = 2.0  # times the largest of them
-PARTIAL = ".partial"  # at the end of the name of a file that is being written
 
 
 @dataclass
 class _Layout:
-    """Names, dtypes and shapes of what is written: the header but for the facts, and where each tensor goes."""
+    """Names, dtypes and shapes of what is written, and the facts beside them that do not change: a header with blanks.
 
-    signature: tuple[tuple[str, torch.dtype, torch.Size], ...]
+    The numbers of a step (its count, loss and learning rates) have a fixed place and width in the header.
+    """
+
+    names: list[str]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    rates: list[str]
+    settings: dict[str, Any]
     order: tuple[int, ...] = ()
-    rest: bytes = b""
-    start: int = 0
+    header: bytes = b""  # all of it, blanks included
+    begin: int = 0  # of the numbers of a step, in the file
+    end: int = 0
     size: int = 0
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of each tensor in ``order``, in the file
+    template: str = ""
 
     def __post_init__(self) -> None:
         # the largest elements first, as the format's own writer does: every tensor is aligned then
-        self.order = tuple(sorted(range(len(self.signature)), key=lambda i: -_WORDS[self.signature[i][1]][1]))
+        self.order = tuple(sorted(range(len(self.names)), key=lambda i: -_WORDS[self.dtypes[i]][1]))
         entries, at = {}, 0
         for i in self.order:
-            name, dtype, shape = self.signature[i]
+            dtype, shape = self.dtypes[i], self.shapes[i]
             word, each = _WORDS[dtype]
             end = at + each * math.prod(shape)
-            entries[name] = {"dtype": word, "shape": list(shape), "data_offsets": [at, end]}
+            entries[self.names[i]] = {"dtype": word, "shape": list(shape), "data_offsets": [at, end]}
             self.spans.append((at, end))
             at = end
-        self.rest = json.dumps(entries, separators=(",", ":"))[1:].encode()
-        self.start = -(-(8 + len(self.rest) + ROOM) // 8) * 8
-        self.size = self.start + at
+        facts = {**dict.fromkeys(("step", "loss", *self.rates), "%s"), "optimizer": self.settings}
+        # within the header the facts are JSON in a string: what stands between the numbers is taken from there
+        template = json.dumps(json.dumps(facts)).replace('\\"%s\\"', f"%-{FIELD}s")
+        told = json.dumps({"__metadata__": {"training": ""}, **entries}, separators=(",", ":"))
+        before, _, after = told.partition('""')
+        head, _, tail = template.partition(', \\"optimizer\\"')
+        self.template = head
+        told = before + self.template % (("",) * (2 + len(self.rates))) + ', \\"optimizer\\"' + tail + after
+        start = -(-(8 + len(told)) // 64) * 64
+        self.header = (start - 8).to_bytes(8, "little") + told.encode().ljust(start - 8)
+        self.begin = 8 + len(before)
+        self.end = self.begin + len(self.numbers(0, None, [0.0] * len(self.rates)))
+        self.spans = [(start + a, start + b) for a, b in self.spans]
+        self.size = start + at
 
-    def fits(self, names: Sequence[str], tensors: Sequence[Tensor]) -> bool:
-        return len(names) == len(self.signature) and all(
-            n == name and t.dtype == dtype and t.shape == shape
-            for n, t, (name, dtype, shape) in zip(names, tensors, self.signature, strict=True)
-        )
+    def numbers(self, step: int, loss: float | None, rates: Iterable[float]) -> bytes:
+        """The facts of a step as they stand in the header, of the same length for all steps: JSON allows blanks."""
+        told = "null" if loss is None else _number(loss)
+        return (self.template % (step, told, *map(_number, rates))).encode()
 
-    def header(self, facts: Mapping[str, Any]) -> bytes:
-        """The first bytes of a file, padded to a length that is the same for all steps."""
-        told = json.dumps({"training": json.dumps(facts)}).encode()
-        text = b'{"__metadata__":' + told + (b"," if self.signature else b"") + self.rest
-        if len(text) > self.start - 8:
-            return self.header({k: v for k, v in facts.items() if k == "step"})
-        return (self.start - 8).to_bytes(8, "little") + text.ljust(self.start - 8)
+
+def _number(x: float) -> str:
+    """As `json` writes and reads it."""
+    return repr(x) if math.isfinite(x) else json.dumps(x)
 
 
 class _Sources:
@@ -119,26 +138,37 @@ class _Slot:
 
     def __init__(self, path: str, layout: _Layout) -> None:
         self.path, self.layout = path, layout
-        with open(path, "wb+") as stream:
+        with open(path, "wb+", buffering=0) as stream:
+            stream.write(TORN + layout.header[len(TORN) :])
             stream.truncate(layout.size)
-            self._map = mmap.mmap(stream.fileno(), layout.size) if layout.size else None
+            self._map = mmap.mmap(stream.fileno(), layout.size)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._views = [
-            whole[layout.start + a : layout.start + b].view(layout.signature[i][1]).view(layout.signature[i][2])
-            for i, (a, b) in zip(layout.order, layout.spans, strict=True)
-        ]
+        self._places = []
+        for i, (a, b) in zip(layout.order, layout.spans, strict=True):
+            view = whole[a:b].view(layout.dtypes[i]).view(layout.shapes[i])
+            self._places.append((i, view, view.data_ptr(), b - a))
 
-    def write(self, path: str, tensors: Sequence[Tensor], facts: Mapping[str, Any]) -> None:
-        """Become the file ``path``; what it was is gone."""
-        if not self.path.endswith(PARTIAL):
-            os.rename(self.path, partial := self.path + PARTIAL)
-            self.path = partial
-        assert self._map is not None
-        self._map[: self.layout.start] = self.layout.header(facts)
-        with torch.no_grad():
-            torch._foreach_copy_(self._views, [tensors[i] for i in self.layout.order])
+    def write(self, tensors: Sequence[Tensor], numbers: bytes) -> None:
+        """Hold another step; what it held is gone."""
+        memory, layout = self._map, self.layout
+        memory[:8] = TORN
+        for i, view, place, n in self._places:
+            t = tensors[i]
+            # less than half the time of copy_, which looks at strides and dtypes anew
+            if t.is_cpu and t.is_contiguous():
+                _move(place, t.data_ptr(), n)
+            else:
+                view.copy_(t.detach())
+        memory[layout.begin : layout.end] = numbers
+        memory[:8] = layout.header[:8]
+
+    def keep(self, path: str) -> None:
+        """Leave the ring: the file stays under the name of its step."""
         os.rename(self.path, path)
         self.path = path
+
+
+_move: Callable[[int, int, int], int] = ctypes.memmove
 
 
 class Recorder:
@@ -204,11 +234,12 @@ class Recorder:
         self.model, self.optimizer = model, optimizer
         self.folder, self.every, self.ring, self.breaks = Path(folder), every, ring, breaks
         self.count = start
-        self._slots: deque[tuple[bool, _Slot]] = deque()  # whether the file stays
+        self._slots: deque[tuple[int, bool, _Slot]] = deque()  # the step, and whether the file stays
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._after = 0  # steps of a break that are still to be kept
         self._broken = False
         self._layout: _Layout | None = None
+        self._groups: list[Any] = []  # what the optimizer was given when the layout was made
         self._sources, self._stem = _Sources(model, optimizer), os.path.join(self.folder, "step_")
         self.folder.mkdir(parents=True, exist_ok=True)
         if start == 0 and (old := sorted(self.folder.glob("step_*.safetensors"))):
@@ -217,13 +248,25 @@ class Recorder:
                 where=str(self.folder),
                 do="give another folder, or start=the step at which this run goes on",
             )
-        for left in self.folder.glob(f"step_*{PARTIAL}"):
-            left.unlink()
+        self._take_over(start)
         # unbuffered: a line is in the file before the next step, whatever becomes of the process
         self._log: int | None = os.open(self.folder / "log.csv", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if os.fstat(self._log).st_size == 0:
-            self._write(",".join(["step", "loss", *self._rates()]))
+            self._write(",".join(["step", "loss", *_names(self._rates())]))
         self._record(None, stays=True)
+
+    def _take_over(self, start: int) -> None:
+        """The ring of a process that was killed: whole steps get their names, the torn one and those after ``start``,
+        which are trained again, are removed."""
+        for path in filter(is_slot, sorted(self.folder.glob("step_ring_*.safetensors"))):
+            step = slot_step(path)
+            if step is None or step > start:
+                path.unlink()
+            else:
+                path.rename(self._name(step))
+
+    def _name(self, step: int) -> str:
+        return f"{self._stem}{step:08d}.safetensors"
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -232,17 +275,17 @@ class Recorder:
         if self._log is None:
             raise ArgumentError("this recorder is closed", do="make a new one")
         self.count += 1
-        value = None if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = None if loss is None else loss.item() if isinstance(loss, Tensor) else float(loss)
         if value is not None:
             self._watch(value)
         self._record(value, stays=self.count % self.every == 0)
 
     def close(self) -> None:
-        """Close the log; the files of the ring stay as they are."""
+        """Close the log; the steps of the ring get their names."""
         if self._log is not None:
             os.close(self._log)
         self._log = None
-        self._slots.clear()
+        self._keep_ring()
 
     def __enter__(self) -> Recorder:
         return self
@@ -261,61 +304,91 @@ class Recorder:
         if broken and not self._broken and self.breaks > 0:
             self.breaks -= 1
             self._after = -(-self.ring // 2) + 1
-            self._slots.clear()  # out of the ring: what is not written over stays
+            self._keep_ring()
         self._broken = broken
         if not broken:
             self._losses.append(loss)
 
+    def _keep_ring(self) -> None:
+        """All out of the ring: what is not written over stays."""
+        for step, stays, slot in self._slots:
+            if not stays:
+                slot.keep(self._name(step))
+        self._slots.clear()
+
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def _record(self, loss: float | None, stays: bool) -> None:
-        tensors = self._sources.tensors()
-        layout = self._layout
-        if layout is None or not layout.fits(self._sources.names, tensors):
-            layout = self._layout = _Layout(
-                tuple((n, t.dtype, t.shape) for n, t in zip(self._sources.names, tensors, strict=True))
-            )
-        rates = self._rates()
-        facts = {"step": self.count, "loss": loss, **rates, "optimizer": self._settings()}
+        step, tensors, rates = self.count, self._sources.tensors(), self._rates()
+        layout = self._laid_out(tensors, rates)
         slot = self._free(layout)
-        slot.write(f"{self._stem}{self.count:08d}.safetensors", tensors, facts)
+        slot.write(tensors, layout.numbers(step, loss, rates))
+        kept = stays or self._after > 0
+        if kept:
+            slot.keep(self._name(step))
         if self._after > 0:
             self._after -= 1
         else:
-            self._slots.append((stays, slot))  # one that stays has a place in the ring too: the latest are consecutive
+            self._slots.append((step, kept, slot))  # one that stays has a place too: the latest are consecutive
         told = "" if loss is None else f"{loss:.9g}"
-        self._write(",".join([str(self.count), told, *(f"{r:.9g}" for r in rates.values())]))
+        self._write(",".join([str(step), told, *[f"{r:.9g}" for r in rates]]))
+
+    def _laid_out(self, tensors: list[Tensor], rates: list[float]) -> _Layout:
+        """The layout of the step before, or a new one where anything but the numbers has changed."""
+        layout, names, groups = self._layout, self._sources.names, self._given()
+        shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+        if (
+            layout is None or layout.names is not names or layout.shapes != shapes or layout.dtypes != dtypes
+            or self._groups != groups
+        ):  # fmt: skip
+            layout = self._layout = _Layout(names, shapes, dtypes, _names(rates), self._settings())
+            self._groups = groups
+        return layout
 
     def _free(self, layout: _Layout) -> _Slot:
-        """A file to write to: the oldest of a full ring, or a new one."""
-        while len(self._slots) >= self.ring:
-            stays, slot = self._slots.popleft()
+        """A file to write to: that of the oldest step of a full ring, or a new one."""
+        slots = self._slots
+        while len(slots) >= self.ring:
+            _, stays, slot = slots.popleft()
             if stays:
                 continue
             if slot.layout is layout:
                 return slot
             os.unlink(slot.path)
-        return _Slot(f"{self._stem}{self.count:08d}.safetensors{PARTIAL}", layout)
+        taken = {slot.path for _, stays, slot in slots if not stays}
+        paths = (f"{self._stem}ring_{k:03d}.safetensors" for k in range(self.ring))
+        return _Slot(next(p for p in paths if p not in taken), layout)
 
     def _write(self, line: str) -> None:
         assert self._log is not None
         os.write(self._log, f"{line}\n".encode())
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self) -> list[float]:
+        """The learning rate of each group of parameters."""
         if self.optimizer is None:
-            return {}
-        groups = self.optimizer.param_groups
-        names = ["learning_rate", *(f"learning_rate_{i}" for i in range(1, len(groups)))]
-        return {n: float(g["lr"]) for n, g in zip(names, groups, strict=True) if "lr" in g}
+            return []
+        return [float(g["lr"]) for g in self.optimizer.param_groups if "lr" in g]
+
+    def _given(self) -> list[Any]:
+        """All plain values that the optimizer was given for its first group, but for the rate."""
+        if self.optimizer is None:
+            return []
+        return [v for k, v in self.optimizer.param_groups[0].items() if k != "lr" and _plain(v)]
 
     def _settings(self) -> dict[str, Any]:
-        """The numbers and words that the optimizer was given, of its first group."""
+        """The same with their names."""
         if self.optimizer is None:
             return {}
-        plain = {}
-        for name, value in self.optimizer.param_groups[0].items():
-            if isinstance(value, (bool, int, float, str)) or (
-                isinstance(value, tuple) and all(isinstance(x, float) for x in value)
-            ):
-                plain[name] = value
+        group = self.optimizer.param_groups[0]
+        plain = {k: v for k, v in group.items() if k != "lr" and _plain(v)}
         return {"name": type(self.optimizer).__name__, **plain}
+
+
+def _plain(value: Any) -> bool:
+    """A number or a word, or several numbers such as Adam's betas."""
+    kind = type(value)
+    return kind in (bool, int, float, str) or (kind is tuple and all(type(x) is float for x in value))
+
+
+def _names(rates: Sequence[float]) -> list[str]:
+    return ["learning_rate", *(f"learning_rate_{i}" for i in range(1, len(rates)))][: len(rates)]

@@ -106,9 +106,10 @@ def _load(path: Path, key: str | None) -> Checkpoint:
     return loaded
 
 
-def _state_of(file: BinaryIO) -> tuple[int, int]:
+def _state_of(file: BinaryIO) -> tuple[int, int, bytes]:
+    """Size, time and beginning: a recorder writes through a map of its file, which leaves the time as it was."""
     told = os.fstat(file.fileno())
-    return told.st_size, told.st_mtime_ns
+    return told.st_size, told.st_mtime_ns, os.pread(file.fileno(), 4096, 0)
 
 
 def _load_open(path: Path, file: BufferedReader, key: str | None) -> Checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import overload
 
 from hoanalysis.checkpoints.load import Checkpoint, content_sha256, load_checkpoint
-from hoanalysis.checkpoints.sniff import neighbours, recognised, step_of, within
+from hoanalysis.checkpoints.sniff import is_slot, neighbours, recognised, slot_step, step_of, within
 from hoanalysis.errors import CheckpointError, listed
 
 
@@ -40,14 +40,28 @@ class Run(Sequence[Checkpoint]):
         except IndexError:
             # an IndexError as well, since iteration by index and list(run) rely on it
             raise _NoCheckpoint(f"the run has {len(self)} checkpoints, and there is no [{index}]") from None
-        return load_checkpoint(path, self.key)
+        checkpoint = load_checkpoint(path, self.key)
+        self._refuse_turned(path, checkpoint.step)
+        return checkpoint
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        return (load_checkpoint(path, self.key) for path in self.paths)
+        return (self[i] for i in range(len(self)))
+
+    def _refuse_turned(self, path: Path, step: int | None) -> None:
+        """A recorder's ring that turns on holds other steps than when the run was opened."""
+        if is_slot(path) and step != self.steps[self.paths.index(path)]:
+            raise CheckpointError(
+                f"the step {self.steps[self.paths.index(path)]} was overwritten by the training that goes on",
+                where=str(path),
+                do="open the run again; Recorder(.., every=n) keeps every n-th step",
+            )
 
     def sha256(self, position: int) -> str:
         """The `Checkpoint.sha256` of a file, without reading its weights."""
-        return content_sha256(self.paths[position])
+        path = self.paths[position]
+        sha256 = content_sha256(path)
+        self._refuse_turned(path, slot_step(path) if is_slot(path) else None)
+        return sha256
 
     def duplicates(self) -> list[tuple[int, ...]]:
         """Positions of files with the same bytes, by their SHA-256: ``[(3, 7)]`` where the fourth is the eighth."""
@@ -86,7 +100,9 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
         what = "this is a file, not a folder of checkpoints" if folder.exists() else "there is no such folder"
         do = "open_run(its folder), or load_checkpoint(this file)" if folder.exists() else neighbours(folder)
         raise CheckpointError(what, where=str(folder), do=do)
-    paths = sorted(filter(_is_checkpoint, _matching(folder, pattern)), key=_order)
+    found_steps = {p: step_of(p) for p in filter(_is_checkpoint, _matching(folder, pattern))}  # each is read once
+    torn = {p for p, step in found_steps.items() if is_slot(p) and step is None}  # not written to its end: it is none
+    paths = sorted(found_steps.keys() - torn, key=lambda p: _order(p, found_steps[p]))
     _refuse_shards(folder, paths)
     if not paths:
         found = recognised(folder)
@@ -103,7 +119,7 @@ def open_run(folder: str | os.PathLike[str], pattern: str = "*.safetensors", key
             why=f"the files that look like checkpoints: {listed(found)}" if found else "the folder holds no checkpoint",
             do=f"give pattern='*{Path(found[0]).suffix}'" if found else "give the folder of the checkpoints",
         )
-    steps = [step_of(p) for p in paths]
+    steps = [found_steps[p] for p in paths]
     distinct = None not in steps and len(set(steps)) == len(steps)
     return Run(paths, [s for s in steps if s is not None] if distinct else range(len(paths)), key)
 
@@ -140,7 +156,6 @@ def _refuse_shards(folder: Path, paths: Sequence[Path]) -> None:
         )
 
 
-def _order(path: Path) -> tuple:
-    step = step_of(path)
+def _order(path: Path, step: int | None) -> tuple:
     natural = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
     return (step is None, step or 0, natural)

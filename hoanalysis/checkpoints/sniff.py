@@ -68,6 +68,27 @@ def sniff(path: Path, head: bytes) -> Kind:
     )
 
 
+#: In place of the length of its header: a file of `hoanalysis.Recorder` whose step was being written. No reader of the
+#: format takes it for one, since no header is so long.
+TORN = b"torn\0\0\0\x7f"
+SLOT = re.compile(r"step_ring_\d+\.safetensors")  # a place in its ring of latest steps: the step is in the header
+
+
+def is_slot(path: Path) -> bool:
+    return SLOT.fullmatch(path.name) is not None
+
+
+def slot_step(path: Path) -> int | None:
+    """The step that a slot holds; None where it is torn: being written, or left so by a process that was killed."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return None
+    found = None if head.startswith(TORN) else re.search(rb'\\"step\\": (\d+)', head)
+    return int(found[1]) if found else None
+
+
 #: What a folder of one checkpoint holds, as Hugging Face and torch name it, the first that is there.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -128,11 +149,13 @@ def neighbours(path: Path) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The last integer in the file name without its suffix.
+    """The last integer in the file name without its suffix; of a slot of a recorder's ring, the step in its header.
 
     >>> step_of(Path("run3/epoch=2-step=480.ckpt")), step_of(Path("best.pt"))
     (480, None)
     """
+    if is_slot(path):
+        return slot_step(path)
     stem = path.name
     for suffix in SUFFIXES:
         stem = stem.removesuffix(suffix)
