@@ -42,6 +42,7 @@ def operands(dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, tor
 def test_rows_times_a_matrix(monkeypatch, convolutions, worth, longest):
     monkeypatch.setattr(kernels, "WORTH", worth)
     monkeypatch.setattr(kernels, "LONGEST", longest)
+    monkeypatch.setattr(kernels, "PIECE", 64 * longest)
     for a, w in operands():
         expected = a.double() @ w.double().T
         out, total = random(*expected.shape, seed=4), random(*expected.shape, seed=4)

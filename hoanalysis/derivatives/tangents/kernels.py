@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WORTH = 2**23  # multiply-adds from which a convolution repays its call
-LONGEST = 2**20  # rows at once: oneDNN counts the entries of an image in 32 bits
+PIECE = 2**22  # entries of a result that is copied to where it belongs: a piece stays in the last cache
+LONGEST = 2**20  # rows of one convolution: oneDNN counts the entries of an image in 32 bits
 
 
 def by_rows(a: Tensor, w: Tensor) -> Tensor:
@@ -20,10 +21,13 @@ def by_rows(a: Tensor, w: Tensor) -> Tensor:
     MKL 185; on Intel's it was not measured.
     """
     rows = a.reshape(-1, a.shape[-1])
-    if _convolves(rows, w):
-        parts = [_convolved(part, w) for part in rows.split(LONGEST)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*a.shape[:-1], len(w))
-    return torch.mm(rows, w.mT).view(*a.shape[:-1], len(w))
+    if not _convolves(rows, w):
+        out = torch.mm(rows, w.mT)
+    elif len(rows) <= LONGEST:
+        out = _convolved(rows, w)
+    else:
+        by_rows_into(rows, w, out := rows.new_empty(len(rows), len(w)))
+    return out.view(*a.shape[:-1], len(w))
 
 
 def by_rows_into(a: Tensor, w: Tensor, out: Tensor) -> None:
@@ -32,7 +36,7 @@ def by_rows_into(a: Tensor, w: Tensor, out: Tensor) -> None:
     if not _convolves(rows, w):
         torch.mm(rows, w.mT, out=into)
         return
-    for part, place in zip(rows.split(LONGEST), into.split(LONGEST), strict=True):
+    for part, place in zip(*_pieces(rows, into), strict=True):
         place.copy_(_convolved(part, w))
 
 
@@ -42,8 +46,13 @@ def by_rows_onto(a: Tensor, w: Tensor, out: Tensor) -> None:
     if not _convolves(rows, w):
         onto.addmm_(rows, w.mT)
         return
-    for part, place in zip(rows.split(LONGEST), onto.split(LONGEST), strict=True):
+    for part, place in zip(*_pieces(rows, onto), strict=True):
         place += _convolved(part, w)
+
+
+def _pieces(rows: Tensor, out: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    step = min(LONGEST, max(1, PIECE // out.shape[1]))
+    return rows.split(step), out.split(step)
 
 
 def _convolved(rows: Tensor, w: Tensor) -> Tensor:
