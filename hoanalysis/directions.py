@@ -73,7 +73,14 @@ class Direction:
 
 def group_norms(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
     """The Euclidean norm of each group's entries, shape (S,), accumulated in float64."""
-    return np.sqrt(group_sums({n: t.detach().double().square() for n, t in tensors.items()}, partition))
+    squares = np.zeros(len(partition))
+    for name, t in tensors.items():
+        a = partition.assignment[name]
+        if isinstance(a, np.ndarray):
+            squares += group_sums({name: t.detach().double().square()}, partition)
+        else:
+            squares[a] += float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2
+    return np.sqrt(squares)
 
 
 def group_sums(tensors: Mapping[str, Tensor], partition) -> np.ndarray:
