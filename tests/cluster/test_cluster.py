@@ -1,10 +1,8 @@
 """Units over the workers of a real cluster: the bits of the serial run, whatever dies meanwhile."""
 
 import json
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -158,13 +156,3 @@ def test_a_suspect_that_was_only_beside_is_computed_alone(
         )
     assert deaths(tmp_path) == 3
     assert files(tmp_path / "store") == serial
-
-
-@pytest.mark.row("K2")
-def test_without_a_store_the_poison_is_a_warning_and_nan(client: Client, six: StudySpec, tmp_path: Path) -> None:
-    with plugged(client, Kill(six.run().sha256(1), tmp_path, times=99)), warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        ds = ho.summarize_run(six.run()[:2], six.problem(), 1, client=client, progress=False)
-    assert any("step 10 is NaN: this unit kills the workers" in str(w.message) for w in told)
-    assert ds.coverage.values.tolist() == [1, 0]
-    assert np.isnan(ds.D1.values[1]).all()

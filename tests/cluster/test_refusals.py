@@ -104,6 +104,11 @@ def test_a_worker_that_sees_no_or_another_checkpoint_is_named(
         with pytest.raises(ClusterError, match="is not the driver's") as caught:
             ho.summarize_run(run, six.problem(), 1, client=client, progress=False)
         assert run.sha256(0)[:12] in caught.value.why
+        (tmp_path / "step_0.safetensors").unlink()  # of several it costs its own step alone
+        (tmp_path / "step_10.safetensors").write_bytes((six.folder / "step_10.safetensors").read_bytes())
+        with pytest.warns(UserWarning, match="step 0 is NaN: a worker does not see"):
+            ds = ho.summarize_run(ho.open_run("/proc/self/cwd")[:2], six.problem(), 1, client=client, progress=False)
+        assert ds.coverage.values.tolist() == [0, 1]
     finally:
         for address, home in homes.items():
             client.run(os.chdir, home, workers=[address])
