@@ -14,9 +14,10 @@ import ctypes
 import json
 import math
 import mmap
+import operator
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,24 +48,21 @@ class _Layout:
     dtypes: list[torch.dtype]
     rates: list[str]
     settings: dict[str, Any]
-    order: tuple[int, ...] = ()
     header: bytes = b""  # all of it, blanks included
     begin: int = 0  # of the numbers of a step, in the file
     end: int = 0
     size: int = 0
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of each tensor in ``order``, in the file
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of each tensor, in the file
     template: str = ""
 
     def __post_init__(self) -> None:
+        entries, at, spans = {}, 0, {}
         # the largest elements first, as the format's own writer does: every tensor is aligned then
-        self.order = tuple(sorted(range(len(self.names)), key=lambda i: -_WORDS[self.dtypes[i]][1]))
-        entries, at = {}, 0
-        for i in self.order:
-            dtype, shape = self.dtypes[i], self.shapes[i]
-            word, each = _WORDS[dtype]
-            end = at + each * math.prod(shape)
-            entries[self.names[i]] = {"dtype": word, "shape": list(shape), "data_offsets": [at, end]}
-            self.spans.append((at, end))
+        for i in sorted(range(len(self.names)), key=lambda i: -_WORDS[self.dtypes[i]][1]):
+            word, each = _WORDS[self.dtypes[i]]
+            end = at + each * math.prod(self.shapes[i])
+            entries[self.names[i]] = {"dtype": word, "shape": list(self.shapes[i]), "data_offsets": [at, end]}
+            spans[i] = (at, end)
             at = end
         facts = {**dict.fromkeys(("step", "loss", *self.rates), "%s"), "optimizer": self.settings}
         # within the header the facts are JSON in a string: what stands between the numbers is taken from there
@@ -77,14 +75,13 @@ class _Layout:
         start = -(-(8 + len(told)) // 64) * 64
         self.header = (start - 8).to_bytes(8, "little") + told.encode().ljust(start - 8)
         self.begin = 8 + len(before)
-        self.end = self.begin + len(self.numbers(0, None, [0.0] * len(self.rates)))
-        self.spans = [(start + a, start + b) for a, b in self.spans]
+        self.end = self.begin + len(self.numbers(0, "", [""] * len(self.rates)))
+        self.spans = [(start + spans[i][0], start + spans[i][1]) for i in range(len(spans))]
         self.size = start + at
 
-    def numbers(self, step: int, loss: float | None, rates: Iterable[float]) -> bytes:
+    def numbers(self, step: int, loss: str, rates: Sequence[str]) -> bytes:
         """The facts of a step as they stand in the header, of the same length for all steps: JSON allows blanks."""
-        told = "null" if loss is None else _number(loss)
-        return (self.template % (step, told, *map(_number, rates))).encode()
+        return (self.template % (step, loss, *rates)).encode()
 
 
 def _number(x: float) -> str:
@@ -101,35 +98,37 @@ class _Sources:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.model, self.optimizer = model, optimizer
-        self._holders: list[tuple[Mapping[Any, Any], int]] = []
+        self._holders: list[Mapping[Any, Any]] = []
+        self._sizes: list[int] = []
         self._places: list[tuple[Mapping[Any, Any], Any]] = []
         self.names: list[str] = []
 
     def tensors(self) -> list[Tensor]:
-        """In the order of ``names``."""
-        if not self._holders or any(len(holder) != n for holder, n in self._holders):
+        """In the order of ``names``, which is another list where anything but values has changed."""
+        if not self._holders or [*map(len, self._holders)] != self._sizes:
             self._find()
         return [holder[key] for holder, key in self._places]
 
     def _find(self) -> None:
         found: dict[str, tuple[Mapping[Any, Any], Any]] = {}
-        self._holders = [(self.model._modules, len(self.model._modules))]
+        self._holders = [self.model._modules]
         parameters: dict[int, str] = {}
         for prefix, module in self.model.named_modules(remove_duplicate=False):
             dot = f"{prefix}." if prefix else ""
             for holder in (module._parameters, module._buffers):
-                self._holders.append((holder, len(holder)))
+                self._holders.append(holder)
                 for key, value in holder.items():
                     if isinstance(value, Tensor) and key not in module._non_persistent_buffers_set:
                         found[dot + key] = (holder, key)
                         parameters.setdefault(id(value), dot + key)
         if self.optimizer is not None:
-            self._holders.append((self.optimizer.state, len(self.optimizer.state)))
+            self._holders.append(self.optimizer.state)
             for p, states in self.optimizer.state.items():
-                self._holders.append((states, len(states)))
+                self._holders.append(states)
                 for key, value in states.items():
                     if isinstance(value, Tensor) and id(p) in parameters:
                         found[f"optimizer.{key}.{parameters[id(p)]}"] = (states, key)
+        self._sizes = [*map(len, self._holders)]
         self.names, self._places = list(found), list(found.values())
 
 
@@ -143,21 +142,20 @@ class _Slot:
             stream.truncate(layout.size)
             self._map = mmap.mmap(stream.fileno(), layout.size)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._places = []
-        for i, (a, b) in zip(layout.order, layout.spans, strict=True):
-            view = whole[a:b].view(layout.dtypes[i]).view(layout.shapes[i])
-            self._places.append((i, view, view.data_ptr(), b - a))
+        self._views = [
+            whole[a:b].view(dtype).view(shape)
+            for (a, b), dtype, shape in zip(layout.spans, layout.dtypes, layout.shapes, strict=True)
+        ]
+        self._places, self._sizes = [v.data_ptr() for v in self._views], [b - a for a, b in layout.spans]
 
-    def write(self, tensors: Sequence[Tensor], numbers: bytes) -> None:
-        """Hold another step; what it held is gone."""
+    def write(self, tensors: Sequence[Tensor], pointers: Sequence[int] | None, numbers: bytes) -> None:
+        """Hold another step; what it held is gone. ``pointers``: of the tensors where all are plain memory."""
         memory, layout = self._map, self.layout
         memory[:8] = TORN
-        for i, view, place, n in self._places:
-            t = tensors[i]
-            # less than half the time of copy_, which looks at strides and dtypes anew
-            if t.is_cpu and t.is_contiguous():
-                _move(place, t.data_ptr(), n)
-            else:
+        if pointers is not None:
+            _exhaust(map(_move, self._places, pointers, self._sizes))  # less than half the time of copy_
+        else:
+            for view, t in zip(self._views, tensors, strict=True):
                 view.copy_(t.detach())
         memory[layout.begin : layout.end] = numbers
         memory[:8] = layout.header[:8]
@@ -168,7 +166,10 @@ class _Slot:
         self.path = path
 
 
-_move: Callable[[int, int, int], int] = ctypes.memmove
+# Loops over the tensors run in C: a step of training leaves no line of Python in the processor's cache.
+_move = ctypes.memmove
+_exhaust = deque[int](maxlen=0).extend
+_pointer, _contiguous, _shape = Tensor.data_ptr, Tensor.is_contiguous, operator.attrgetter("shape")
 
 
 class Recorder:
@@ -239,7 +240,11 @@ class Recorder:
         self._after = 0  # steps of a break that are still to be kept
         self._broken = False
         self._layout: _Layout | None = None
-        self._groups: list[Any] = []  # what the optimizer was given when the layout was made
+        self._last: tuple[list[float], list[str]] = [], []  # learning rates, and as text
+        self._getter: Callable[[Any], Any] = lambda group: ()  # of what the optimizer was given
+        self._values: tuple[int, Any] = 0, ()
+        self._pointers: list[int] = []  # of the tensors at the step before
+        self._on_cpu = False
         self._sources, self._stem = _Sources(model, optimizer), os.path.join(self.folder, "step_")
         self.folder.mkdir(parents=True, exist_ok=True)
         if start == 0 and (old := sorted(self.folder.glob("step_*.safetensors"))):
@@ -299,15 +304,17 @@ class Recorder:
 
     def _watch(self, loss: float) -> None:
         """Keep the ring, and what follows, where the loss breaks; once for each time that it was whole before."""
-        high = JUMP * max(self._losses, default=math.inf)
-        broken = not math.isfinite(loss) or (len(self._losses) >= ENOUGH and loss > high)
+        seen = self._losses
+        # the largest is at least the last: where the loss is not above twice that, there is no need to look further
+        high = len(seen) >= ENOUGH and loss > JUMP * seen[-1] and loss > JUMP * max(seen)
+        broken = not math.isfinite(loss) or high
         if broken and not self._broken and self.breaks > 0:
             self.breaks -= 1
             self._after = -(-self.ring // 2) + 1
             self._keep_ring()
         self._broken = broken
         if not broken:
-            self._losses.append(loss)
+            seen.append(loss)
 
     def _keep_ring(self) -> None:
         """All out of the ring: what is not written over stays."""
@@ -320,9 +327,14 @@ class Recorder:
 
     def _record(self, loss: float | None, stays: bool) -> None:
         step, tensors, rates = self.count, self._sources.tensors(), self._rates()
-        layout = self._laid_out(tensors, rates)
+        if rates != self._last[0]:
+            self._last = rates, [_number(r) for r in rates]
+        told, text = self._last[1], "" if loss is None else _number(loss)
+        pointers = [*map(_pointer, tensors)]
+        layout = self._laid_out(tensors, pointers, rates)
         slot = self._free(layout)
-        slot.write(tensors, layout.numbers(step, loss, rates))
+        plain = self._on_cpu and all(map(_contiguous, tensors))
+        slot.write(tensors, pointers if plain else None, layout.numbers(step, text or "null", told))
         kept = stays or self._after > 0
         if kept:
             slot.keep(self._name(step))
@@ -330,19 +342,22 @@ class Recorder:
             self._after -= 1
         else:
             self._slots.append((step, kept, slot))  # one that stays has a place too: the latest are consecutive
-        told = "" if loss is None else f"{loss:.9g}"
-        self._write(",".join([str(step), told, *[f"{r:.9g}" for r in rates]]))
+        self._write(",".join([str(step), text, *told]))
 
-    def _laid_out(self, tensors: list[Tensor], rates: list[float]) -> _Layout:
+    def _laid_out(self, tensors: list[Tensor], pointers: list[int], rates: list[float]) -> _Layout:
         """The layout of the step before, or a new one where anything but the numbers has changed."""
-        layout, names, groups = self._layout, self._sources.names, self._given()
-        shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+        layout, shapes = self._layout, [*map(_shape, tensors)]
         if (
-            layout is None or layout.names is not names or layout.shapes != shapes or layout.dtypes != dtypes
-            or self._groups != groups
+            layout is None or layout.names is not self._sources.names or layout.shapes != shapes
+            or len(layout.rates) != len(rates) or self._given() != self._values
+            # where the memory is the same, so are dtypes and devices
+            or (pointers != self._pointers and layout.dtypes != [t.dtype for t in tensors])
         ):  # fmt: skip
-            layout = self._layout = _Layout(names, shapes, dtypes, _names(rates), self._settings())
-            self._groups = groups
+            dtypes = [t.dtype for t in tensors]
+            layout = self._layout = _Layout(self._sources.names, shapes, dtypes, _names(rates), self._settings())
+            self._pointers = []
+        if pointers != self._pointers:
+            self._pointers, self._on_cpu = pointers, all(t.is_cpu for t in tensors)
         return layout
 
     def _free(self, layout: _Layout) -> _Slot:
@@ -369,18 +384,21 @@ class Recorder:
             return []
         return [float(g["lr"]) for g in self.optimizer.param_groups if "lr" in g]
 
-    def _given(self) -> list[Any]:
-        """All plain values that the optimizer was given for its first group, but for the rate."""
+    def _given(self) -> tuple[int, Any]:
+        """What `_settings` found, looked at again at every step."""
         if self.optimizer is None:
-            return []
-        return [v for k, v in self.optimizer.param_groups[0].items() if k != "lr" and _plain(v)]
+            return 0, ()
+        group = self.optimizer.param_groups[0]
+        return len(group), self._getter(group)
 
     def _settings(self) -> dict[str, Any]:
-        """The same with their names."""
+        """The numbers and words that the optimizer was given for its first group, but for the rate of the step."""
         if self.optimizer is None:
             return {}
         group = self.optimizer.param_groups[0]
         plain = {k: v for k, v in group.items() if k != "lr" and _plain(v)}
+        self._getter = operator.itemgetter(*plain) if plain else lambda group: ()
+        self._values = self._given()
         return {"name": type(self.optimizer).__name__, **plain}
 
 
