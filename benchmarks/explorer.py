@@ -1,7 +1,7 @@
 """How long a slider move takes: in the kernel, and from the key press to the new picture in a browser.
 
     python benchmarks/explorer.py              # the table of docs/explorer.md
-    python benchmarks/explorer.py --browser    # and in JupyterLab in Chromium; starts a server of its own
+    python benchmarks/explorer.py --browser    # the same in JupyterLab in Chromium; starts a server of its own
 
 S groups, order 3 (a slice of D3 with its errors over 8 kept blocks), the matrix and the learning rates beside it, 21
 moves to checkpoints that were not shown before, after one that was. Medians and the slowest.
@@ -65,7 +65,7 @@ def in_kernel(ds: xr.Dataset, state: dict) -> list[tuple[float, float]]:
     explorer = ho.explore(ds, state={**state, "step": 0})
     controls, found = explorer.controls, []
     gc.collect()
-    for step in range(1, MOVES + 1):
+    for step in range(1, ds.sizes["step"]):
         before, wall, own = controls.images["matrix"].value, time.perf_counter(), time.process_time()
         controls.step.value = step
         found.append((time.perf_counter() - wall, time.process_time() - own))
@@ -74,13 +74,13 @@ def in_kernel(ds: xr.Dataset, state: dict) -> list[tuple[float, float]]:
     return found
 
 
-def in_browser(ds: xr.Dataset) -> list[float]:
+def in_browser(ds: xr.Dataset, order: int) -> list[float]:
     """Seconds from the key press until the browser has the new picture and the new sentence."""
     sys.path.insert(0, str(ROOT))
     from tests.explorer import lab
 
     with tempfile.TemporaryDirectory() as folder, lab.serve(Path(folder), ds) as (address, _):
-        return lab.move_times(address, MOVES)
+        return lab.move_times(address, ds.sizes["step"] - 1, order)
 
 
 def told(name: str, values: list[float]) -> str:
@@ -90,12 +90,18 @@ def told(name: str, values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--browser", action="store_true")
-    browser = parser.parse_args().browser
-    print(f"{MOVES} moves, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
+    parser.add_argument("--browser", action="store_true", help="in Chromium instead of the kernel alone")
+    parser.add_argument("--size", type=int, nargs="+", default=[18, 100], help="numbers of groups")
+    parser.add_argument("--moves", type=int, default=MOVES)
+    given = parser.parse_args()
+    print(f"{given.moves} moves, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print("| move | median, ms | slowest, ms |\n|---|---|---|")
-    for size in (18, 100):
-        ds = series(size)
+    for size in given.size:
+        ds = series(size, given.moves + 1)
+        if given.browser:
+            for order, name in ((2, "H-bar"), (3, "slice of D3")):
+                print(told(f"S = {size}, {name}, browser", in_browser(ds, order)), flush=True)
+            continue
         views = {
             "slice of D3": {"order": 3},
             "H-bar": {},
@@ -105,8 +111,6 @@ def main() -> None:
             times = in_kernel(ds, state)
             print(told(f"S = {size}, {name}, kernel", [wall for wall, _ in times]), flush=True)
             print(told(f"S = {size}, {name}, kernel, processor time", [own for _, own in times]), flush=True)
-        if browser:
-            print(told(f"S = {size}, H-bar, browser", in_browser(ds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -74,15 +74,24 @@ def heading(title: str, *paragraphs: str) -> HTML:
     return HTML(f"<h2>{html.escape(readable(title))}</h2>{text}")
 
 
-def view(ds: xr.Dataset, state: Mapping[str, Any], still: Callable[[], object]) -> None:
+def view(ds: xr.Dataset, state: Mapping[str, Any], still: Callable[[], object], seen: xr.Dataset | None = None) -> None:
     """A section with two lives: `hoanalysis.explore` from ``state`` on, where somebody can move a slider.
 
-    Where nobody can, as under papermill, ``still`` draws the figures instead, and no widget is made.
+    Where nobody can, as under papermill, ``still`` draws the figures instead, and no widget is made. They are of
+    ``seen``, the checkpoints `until` a break: the explorer has all of ``ds``, and opens at the last of these.
     """
     if live():
-        display(explore(ds, state=state))
+        display(explore(ds, state={**opening(ds, seen), **state}))
     else:
         still()
+
+
+def opening(ds: xr.Dataset, seen: xr.Dataset | None) -> dict[str, Any]:
+    """The step at which an explorer of ``ds`` opens where sections show ``seen``: none, where that is its last."""
+    if seen is None or schema.STEP not in ds.dims:
+        return {}
+    before, last = (ends(one)[-1][schema.STEP].item() for one in (seen, ds))
+    return {} if before == last else {"step": before}
 
 
 def series(ds: xr.Dataset, others: Mapping[str, str]) -> dict[str, xr.Dataset]:
@@ -247,7 +256,8 @@ def ends(ds: xr.Dataset) -> list[xr.Dataset]:
     """The first and the last checkpoint that are computed; one where there is but one."""
     if schema.STEP not in ds.dims:
         return [ds]
-    done = [i for i, n in enumerate(ds["n_batches"].values) if n > 0] or [0]
+    counts = np.broadcast_to(ds["n_batches"].values, ds.sizes[schema.STEP])  # one for all, or one for each
+    done = [i for i, n in enumerate(counts) if n > 0] or [0]
     return [ds.isel(step=i) for i in dict.fromkeys((done[0], done[-1]))]
 
 

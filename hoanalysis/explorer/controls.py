@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as w
 import xarray as xr
 
+from hoanalysis.explorer import pulse, readout
 from hoanalysis.explorer.state import GROUPINGS, MATRICES, NO_RUN, PANELS, SCALES, THIS_RUN, Offer, State
 
 #: The picture behind a live explorer is the next output of its cell.
@@ -67,6 +68,8 @@ class Controls:
         self.entries = w.SelectMultiple(options=[], rows=8, layout=w.Layout(width="98%"))
         self.panel = w.Tab(children=[self._image() for _ in PANELS], titles=list(PANELS.values()))
         self.images = {"matrix": self._image(), **dict(zip(PANELS, self.panel.children, strict=True))}
+        self.cells = w.HTML()
+        self.cells.add_class("ho-cells")
         self.sentence = w.HTML()
         self.sentence.add_class("ho-sentence")
         self.values = w.HTML()
@@ -81,6 +84,7 @@ class Controls:
             self.scale, self.shared, self.mask, self.regularization, self.epsilon, self.compare_run, self.compare_step,
             self.entries,
         ]  # fmt: skip
+        self.pulse = pulse.pulse()
         self._quiet = False
         self._state = state
         self._link = w.jslink((self.play, "value"), (self.step, "index"))
@@ -97,14 +101,17 @@ class Controls:
 
         self.filling = row(self.progress, self.progress_text, self.stop)
         self.filling.layout.display = "" if fills else "none"
-        left = w.VBox([self.images["matrix"]], layout=w.Layout(flex="1 1 520px", max_width="680px"))
+        picture = w.Box([self.images["matrix"], self.cells])
+        picture.add_class("ho-picture")
+        left = w.VBox([picture], layout=w.Layout(flex="1 1 520px", max_width="680px"))
         right = w.VBox([self.panel], layout=w.Layout(flex="1 1 420px", max_width="620px"))
         strongest = w.VBox([w.HTML("Entries to follow (several with Ctrl or Shift)"), self.entries],
                            layout=w.Layout(flex="1 1 380px", max_width="560px"))  # fmt: skip
         table = w.VBox([self.values], layout=w.Layout(flex="1 1 380px"))
         return w.VBox(
             [
-                w.HTML(STYLE + HIDE, layout=w.Layout(display="none")),
+                w.HTML(STYLE + HIDE + pulse.STYLE + readout.STYLE, layout=w.Layout(display="none")),
+                self.pulse.line,
                 self.filling,
                 row(self.play, self.step),
                 row(self.order, self.matrix, *self.slices, self.block),

@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hoanalysis.errors import HoError
-from hoanalysis.explorer import figures, words
+from hoanalysis.explorer import figures, readout, words
 from hoanalysis.explorer.controls import Controls
 from hoanalysis.explorer.frontend import live
 from hoanalysis.explorer.session import Session, View, told
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hoanalysis.explorer.background import Filling
 
 IDLE, POLL = 1.5, 1.0  # seconds: until the static picture follows the widgets, and between two looks at a store
+SETTLED, AT_ONCE = 0.3, 1024  # seconds until the cells of a picture with more cells than this have their values
 
 
 class Explorer:
@@ -47,7 +48,7 @@ class Explorer:
         self.session, self.filling, self._source = session, filling, source
         self._choose(state)
         self._controls: Controls | None = None
-        self._timer: Any = None
+        self._timers: dict[str, Any] = {}
         self._drawn: dict[str, Any] = {}
         self._display_id = ""
         if filling is not None:
@@ -150,6 +151,7 @@ class Explorer:
             model = {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0,
                                                                   "model_id": box.model_id}}  # fmt: skip
             display({"text/plain": self.sentence, **model}, raw=True)
+            self.controls.pulse.start()
         bundle, metadata = self._static()
         display(bundle, metadata=metadata, raw=True, display_id=self._display_id)
         if live() and self.filling is not None:
@@ -174,14 +176,18 @@ class Explorer:
         controls.export.on_click(self._guarded(lambda _: self._exported()))
         controls.stop.on_click(self._guarded(lambda _: self._stop_or_go()))
 
-    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """A callback whose errors reach the user: the kernel would only log them."""
+    def _guarded(self, callback: Callable[..., None], asked: bool = True) -> Callable[..., None]:
+        """A callback whose errors reach the user: the kernel would only log them.
+
+        What the user ``asked`` for takes the last message away; what a clock does leaves it to be read.
+        """
 
         @wraps(callback)
         def guarded(*arguments: Any) -> None:
             assert self._controls is not None
             try:
-                self._controls.message.value = ""
+                if asked:
+                    self._controls.message.value = ""
                 callback(*arguments)
             except HoError as error:
                 self._controls.say(told(error))
@@ -204,18 +210,33 @@ class Explorer:
         controls.update(state, offer, words.choices(view))
         controls.sentence.value = html.escape(words.sentence(view))
         for name, image in controls.images.items():
-            if name in ("matrix", state.panel):
-                self._draw(name, state, image)
+            if name in ("matrix", state.panel) and self._draw(name, state, image) and name == "matrix":
+                self._read_out(view)
         controls.values.value = self.table().to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
         self._later(IDLE, self.keep)
 
-    def _draw(self, name: str, state: State, image: Any) -> None:
-        """A panel, where what it depends on has changed."""
+    def _draw(self, name: str, state: State, image: Any) -> bool:
+        """A panel, where what it depends on has changed; whether it had."""
         key = (id(self.session.ds), state.but(panel="rates"))
         if self._drawn.get(name) == key:
-            return
+            return False
         image.value = figures.panel(self.session, state, name, Description=words.sentence(self.session.view(state)))
         self._drawn[name] = key
+        return True
+
+    def _read_out(self, view: View) -> None:
+        """Values for the cells of a new picture; those of the last one go at once, many new ones when it is settled."""
+        controls = self._controls
+        assert controls is not None
+        if view.whole is not None and view.whole.values.size > AT_ONCE and self._later(SETTLED, self.read_out):
+            controls.cells.value = ""
+        else:
+            self.read_out()
+
+    def read_out(self) -> None:
+        """Let the cells of the picture tell their values when pointed at."""
+        controls = self.controls
+        controls.cells.value = readout.cells(self.view, controls.images["matrix"].value)
 
     def _exported(self) -> None:
         picture, code = self.export()
@@ -227,17 +248,19 @@ class Explorer:
         )
         self.keep()
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Once nothing has happened for a while; not at all where no event loop runs."""
+    def _later(self, seconds: float, callback: Callable[[], None]) -> bool:
+        """Once nothing has happened for a while; not at all, and False, where no event loop runs."""
         if not self._display_id:
-            return
+            return False
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = loop.call_later(seconds, self._guarded(callback))
+            return False
+        name = callback.__name__
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = loop.call_later(seconds, self._guarded(callback, asked=False))
+        return True
 
     # ---- a store that is being filled --------------------------------------------------------------------------------
 
@@ -271,7 +294,7 @@ class Explorer:
         async def watch() -> None:
             while True:
                 running = self.filling is not None and self.filling.running
-                self._guarded(self.poll)()
+                self._guarded(self.poll, asked=False)()
                 if not running:
                     return
                 await asyncio.sleep(POLL)

@@ -4,34 +4,20 @@ Skipped where there is no Chromium, unless ``HOANALYSIS_REQUIRE_BROWSER`` says t
 """
 
 import io
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
-import matplotlib
 import nbformat
 import numpy as np
 import pytest
-from matplotlib.colors import Normalize
 from PIL import Image
 
 import hoanalysis as ho
 from hoanalysis.analysis.example import example
-from hoanalysis.store import export
-from tests.explorer.test_views import colours
+from tests.explorer.lab import CHROMIUM, end_kernels, executed, opened, picture, sentence_with, serve, shows
 
-ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REQUIRED = bool(os.environ.get("HOANALYSIS_REQUIRE_BROWSER"))
-PATIENCE = 120_000  # ms
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not CHROMIUM and not REQUIRED, reason="needs a Chromium browser on the PATH"),
@@ -45,54 +31,6 @@ def ds():
     return made.drop_vars(list(told), errors="ignore").assign_coords({n: ("step", [v] * 4) for n, v in told.items()})
 
 
-def about(root: Path, name: str, parameters: str) -> None:
-    """A notebook of ours with other parameters."""
-    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    cell.source = parameters
-    nbformat.write(notebook, root / name)
-
-
-@contextmanager
-def serve(root: Path, ds):
-    """A JupyterLab with a token of its own: the address of explore.ipynb with the path of ``ds``, and its file.
-
-    Beside it is report.ipynb on the same Dataset.
-    """
-    path = export(ds, root / "run.nc")
-    about(root, "explore.ipynb", f"path = {str(path)!r}\nstore = None")
-    about(root, "report.ipynb", f"dataset = {str(path)!r}\nothers, log, title = {{}}, None, 'example'")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    settings = root / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
-    settings = root / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir()  # all cells at once: a test reads what is scrolled away too
-    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
-    own = {n: str(root / n.lower()) for n in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
-    own |= {"JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=secret",
-               f"--ServerApp.root_dir={root}"]  # fmt: skip
-    with (root / "log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/api?token=secret", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (root / "log").read_text()
-                time.sleep(0.2)
-        yield f"{address}/lab/tree/explore.ipynb?token=secret", root / "explore.ipynb"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, ds):
     assert CHROMIUM, "HOANALYSIS_REQUIRE_BROWSER is set, and there is no Chromium"
@@ -100,101 +38,11 @@ def lab(tmp_path_factory, ds):
         yield found
 
 
-@contextmanager
-def opened(address: str):
-    """The page of the notebook in a browser, with all its cells running."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield executed(browser, address)
-        browser.close()
-
-
-def executed(browser, address: str):
-    """A new page of the browser with the notebook, once its first explorer is there."""
-    page = browser.new_page(viewport={"width": 1500, "height": 1500})
-    page.set_default_timeout(PATIENCE)
-    page.goto(address)
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-    run_all(page)
-    page.wait_for_selector(".ho-live .ho-sentence", state="attached")
-    return page
-
-
-def move_times(address: str, moves: int) -> list[float]:
-    """Seconds from the key that moves the slider until picture and sentence are new; for benchmarks/explorer.py."""
-    both = "() => [document.querySelector('.ho-sentence')?.innerText, document.querySelector('.ho-live img')?.src]"
-    with opened(address) as page:
-        sentence_with(page, "Step")
-        page.wait_for_timeout(4000)
-        found = []
-        handle = page.locator(".ho-live .noUi-handle").first
-        handle.focus()
-        for _ in range(moves):
-            before, start = json.dumps(page.evaluate(both)), time.perf_counter()
-            handle.press("ArrowLeft")
-            page.wait_for_function(f"{before}.every((old, i) => ({both})()[i] !== old)", polling="raf")
-            found.append(time.perf_counter() - start)
-            page.wait_for_timeout(300)
-        return found
-
-
 @pytest.fixture(scope="module")
 def page(lab):
     with opened(lab[0]) as page:
         sentence_with(page, "Step 30")
         yield page
-
-
-def menu(page, title, command):
-    page.locator(".lm-MenuBar-itemLabel", has_text=title).first.click()
-    page.locator(f'.lm-Menu-item[data-command="{command}"]').click()
-
-
-def run_all(page):
-    """Run all cells; again where JupyterLab was asked before its kernel was connected, which it then forgets."""
-    from playwright.sync_api import TimeoutError
-
-    for _ in range(10):
-        page.wait_for_selector("text=| Idle")
-        menu(page, "Run", "runmenu:run-all")
-        try:
-            code = "() => /[0-9*]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText)"
-            page.wait_for_function(code, timeout=10_000)
-            return
-        except TimeoutError:
-            while page.locator(".jp-Dialog .jp-mod-accept").count():
-                page.locator(".jp-Dialog .jp-mod-accept").first.click()
-
-
-def sentence_with(page, *words) -> str:
-    wanted = json.dumps(list(words))
-    page.wait_for_function(
-        f"{wanted}.every(w => document.querySelector('.ho-sentence')?.innerText.includes(w))", timeout=PATIENCE
-    )
-    return page.inner_text(".ho-sentence")
-
-
-def picture(page, explorer: int = 0) -> bytes:
-    """The bytes of the matrix that the browser shows, in one of the explorers of the page."""
-    code = """async (i) => {
-        const image = document.querySelectorAll('.ho-live')[i].querySelector('img');
-        return Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer())); }"""
-    return bytes(page.evaluate(code, explorer))
-
-
-def shows(page, values, explorer: int = 0):
-    """The picture shows these numbers, by the colours of its cells (a linear scale)."""
-    top = np.abs(values).max()
-    expected = matplotlib.colormaps["RdBu_r"](Normalize(-top, top)(values))[..., :3] * 255
-    end = time.monotonic() + 60
-    while True:
-        seen = colours(picture(page, explorer))
-        if seen.shape == expected.shape and np.abs(seen - expected).max() <= 2:
-            return
-        assert time.monotonic() < end, (seen.shape, expected.shape)
-        time.sleep(0.2)
 
 
 def strongest(matrix, errors, names) -> str:
@@ -285,19 +133,6 @@ def test_the_report_is_live_in_jupyterlab(page, lab, ds):
             inverse.screenshot(path=str(Path(shots) / "report.png"))
     finally:
         report.close()
-
-
-def end_kernels(address: str) -> None:
-    """End every session of the server, and its kernel with it."""
-    parts = urlsplit(address)
-    sessions = f"{parts.scheme}://{parts.netloc}/api/sessions"
-    head = {"Authorization": f"token {parse_qs(parts.query)['token'][0]}"}
-    with urllib.request.urlopen(urllib.request.Request(sessions, headers=head)) as answer:
-        found = json.load(answer)
-    for session in found:
-        urllib.request.urlopen(
-            urllib.request.Request(f"{sessions}/{session['id']}", headers=head, method="DELETE")
-        ).close()
 
 
 def test_the_saved_notebook_shows_the_last_view_without_widgets(page, lab):
