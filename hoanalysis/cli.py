@@ -259,6 +259,20 @@ def diff(
     write_differences(a, b, step, name=name, top=top, out=out, say=typer.echo)
 
 
+@app.command("notebooks")
+@_command
+def notebooks(
+    to: Annotated[Path, typer.Argument(help="a folder, made where there is none")],
+    force: Annotated[bool, typer.Option("--force", help="overwrite the notebooks and runs that are there")] = False,
+) -> None:
+    """Copy the notebooks, and the runs that they open, to where they can be run and edited."""
+    from hoanalysis.examples import copy_examples
+
+    for path in copy_examples(to, force=force):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"then: jupyter lab {shlex.quote(str(to / 'notebooks'))}")
+
+
 @app.command("unlock")
 @_command
 def unlock(store: Annotated[Path, typer.Argument(help="the folder of a store")]) -> None:
