@@ -1,6 +1,7 @@
 """What a recorder writes while a model trains: whole files, the latest steps, the steps around a break."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import hoanalysis as ho
 from hoanalysis import data, models
+from hoanalysis.checkpoints import sniff
 
 
 def loop(folder, steps, optimizer=None, model=None, losses=None, **options):
@@ -160,6 +163,68 @@ def test_a_process_that_is_killed_leaves_whole_files_of_its_latest_steps(tmp_pat
                 for tensor in checkpoint.state_dict.values():
                     torch.testing.assert_close(tensor, torch.full_like(tensor, checkpoint.step), rtol=0, atol=0)
         assert os.stat(folder / "log.csv").st_size > 0
+
+
+def test_a_slot_that_is_torn_is_never_read_and_the_ring_is_taken_over(tmp_path):
+    """A kill in the middle of a copy: the mark is in the file, and the tensors are of two steps."""
+    model = nn.Linear(20, 20)
+    recorder = ho.Recorder(model, None, tmp_path, every=100, ring=4)
+    for _ in range(9):
+        recorder.step(1.0)
+    assert ho.open_run(tmp_path).steps == (0, 6, 7, 8, 9)
+    torn = next(p for p in ho.open_run(tmp_path).paths if sniff.slot_step(p) == 7)
+
+    class Killed(Exception):
+        pass
+
+    def move(*_):
+        raise Killed
+
+    run = ho.open_run(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hoanalysis.recorder._move", move)
+        with pytest.raises(Killed):
+            recorder.step(1.0)  # in the place of step 6
+    assert ho.open_run(tmp_path).steps == (0, 7, 8, 9)
+    with pytest.raises(ho.errors.CheckpointError):
+        run[1]  # what was step 6 when the run was opened
+    with pytest.raises(SafetensorError):
+        load_file(run.paths[1])
+    assert torn.exists()
+    again = ho.Recorder(model, None, tmp_path, every=100, ring=4, start=8)
+    assert ho.open_run(tmp_path).steps == (0, 7, 8)  # step 9 is trained again
+    again.close()
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {f"step_{s:08d}.safetensors" for s in (0, 7, 8)}
+
+
+def test_a_run_that_is_read_while_its_ring_turns_is_told(tmp_path):
+    model = nn.Linear(2, 2)
+    recorder = ho.Recorder(model, None, tmp_path, every=100, ring=2)
+    for _ in range(3):
+        recorder.step(1.0)
+    run = ho.open_run(tmp_path)
+    assert run.steps == (0, 2, 3)
+    recorder.step(1.0)
+    for read in (lambda: run[1], lambda: run.sha256(1)):
+        with pytest.raises(ho.errors.CheckpointError, match="step 2 was overwritten by the training that goes on"):
+            read()
+    assert run[2].step == 3
+
+
+def test_numbers_of_any_length_fit_their_place(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = [-2.2250738585072014e-308, float("nan"), float("-inf"), 1e300, 0.1 + 0.2]
+    with ho.Recorder(model, optimizer, tmp_path, every=1) as recorder:
+        for loss in losses:
+            optimizer.param_groups[0]["lr"] = abs(loss) / 3
+            recorder.step(loss)
+    for checkpoint, loss in zip(list(ho.open_run(tmp_path))[1:], losses, strict=True):
+        told = json.loads(checkpoint.metadata["training"])
+        assert told["step"] == checkpoint.step
+        assert repr(told["loss"]) == repr(loss)
+        assert repr(told["learning_rate"]) == repr(abs(loss) / 3)
+        assert told["optimizer"]["name"] == "SGD"
 
 
 def test_a_real_divergence_is_recorded_and_its_post_mortem_names_the_step(tmp_path):
