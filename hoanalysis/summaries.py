@@ -349,11 +349,12 @@ class Work:
         s = self.settings
         kept = isinstance(s.direction, str) and not s.direction.startswith("to:")  # of which another file is a part
         if kept and cached is not None and cached[0] == identity:
-            return cached[1]
-        u = resolve_direction(
-            s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
-            progress=lambda it: _bar(it, progress, "gradient"),
-        )  # fmt: skip
+            u = cached[1]
+        else:
+            u = resolve_direction(
+                s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
+                progress=lambda it: _bar(it, progress, "gradient"),
+            )  # fmt: skip
         if kept:
             self.problem.cache["direction"] = (identity, u)
         if store is not None and key is not None and s.direction == "gradient":

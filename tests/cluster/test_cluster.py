@@ -95,6 +95,19 @@ def test_a_direction_is_computed_once_and_used_by_the_others(
     xr.testing.assert_identical(layers, call("layer", tmp_path / "serial", None))
 
 
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_direction_that_is_remembered_is_stored_as_well(
+    client: Client, six: StudySpec, tmp_path: Path, workers
+) -> None:
+    """A process that has just computed it, for another store or for a driver that was killed meanwhile."""
+    problem, stores = six.problem(), (tmp_path / "first", tmp_path / "second")
+    for store in stores:
+        c = client if workers else None
+        ho.summarize_run(six.run()[:1], problem, 1, store=store, client=c, progress=False)
+    assert len(list(stores[0].glob("units/*"))) == 2
+    assert files(stores[1]) == files(stores[0])
+
+
 # ---- what dies ----------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,8 @@ def kill_after(process: subprocess.Popen, store: Path, units: int) -> int:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     return len(found)
 
 
@@ -52,8 +53,6 @@ def test_the_driver_of_a_scheduler_is_killed_and_called_again(
     address = client.cluster.scheduler_address
     with plugged(client, Slow(0.3)):
         kill_after(call(six, tmp_path, "--scheduler", address), tmp_path / "store", 4)
-        kept = files(tmp_path / "store")
-        assert "tmp" not in kept
         again = call(six, tmp_path, "--scheduler", address)
         output, _ = again.communicate(timeout=200)
     assert again.returncode == 0, output
@@ -74,7 +73,7 @@ def test_the_workers_of_a_killed_driver_end_and_the_serial_call_goes_on(
         seen = psutil.Process(process.pid).children(recursive=True) or seen
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate()
     assert len(seen) >= 2
     assert not psutil.wait_procs(seen, timeout=60)[1]
     last = call(six, tmp_path)
