@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hoanalysis import models as models
     from hoanalysis import optim as optim
     from hoanalysis import plots as plots
+    from hoanalysis.budget import estimate as estimate
     from hoanalysis.checkpoints import load_checkpoint as load_checkpoint
     from hoanalysis.checkpoints import open_run as open_run
     from hoanalysis.diagnosis import doctor as doctor
@@ -38,6 +39,7 @@ _WHERE = {
     "Recorder": "recorder",
     "curvature": "hessian",
     "doctor": "diagnosis",
+    "estimate": "budget",
     "explore": "explorer",
     "load_checkpoint": "checkpoints",
     "open_dataset": "store",
@@ -60,6 +62,7 @@ __all__ = [
     "data",
     "doctor",
     "errors",
+    "estimate",
     "explore",
     "load_checkpoint",
     "models",

@@ -1,4 +1,6 @@
-"""The command line: ``hoanalysis init``, ``doctor``, ``report``, ``summarize``, ``show``, ``diff``, ``unlock``."""
+"""The command line: ``hoanalysis init``, ``doctor``, ``estimate``, ``report``, ``summarize``,
+``show``, ``diff``, ``notebooks``, ``unlock``.
+"""
 
 from __future__ import annotations
 
@@ -173,6 +175,26 @@ def report(
             studies, out, notebook, given, timeout=timeout, progress=not quiet, say=typer.echo, client=client
         )
     typer.echo(f"report: {index}")
+
+
+@app.command("estimate")
+@_command
+def estimate(
+    study: Annotated[Path, typer.Argument(help="a study.toml, or the folder that holds it")],
+    out: Annotated[Path, typer.Option(help="the folder of reports, whose store may hold units already")] = Path(
+        "reports"
+    ),
+    time: Annotated[str | None, typer.Option(help="a budget: 90s, 10min, 2h")] = None,
+    memory: Annotated[str | None, typer.Option(help="a budget for the whole process: 4GiB")] = None,
+) -> None:
+    """What a study will cost: seconds, memory and disk, after timing one batch, and what would fit a budget."""
+    from hoanalysis.budget import estimate as predict
+    from hoanalysis.study import StudySpec
+
+    spec = StudySpec.read(study)
+    stores = [out / "store", out / spec.name / "store"]  # of one study, and of several in one call
+    store = next((path for path in stores if path.exists()), None)
+    typer.echo(str(predict(spec, store=store, time=time, memory=memory)))
 
 
 @app.command("summarize")

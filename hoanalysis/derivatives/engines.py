@@ -131,7 +131,7 @@ class Tangents(Engine):
         t, rows = self.task, count_rows(batch)
         if rows <= PROBE or not t.problem.splittable:
             return rows
-        each = RESERVE * self._cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
+        each = RESERVE * self.cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
         fits = max(1, int(t.memory / each)) if each else rows
         if fits < rows:
             t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
@@ -143,9 +143,9 @@ class Tangents(Engine):
         batch = t.problem.cast(t.problem.first_batch(), t.state.dtype)
         if t.problem.splittable and count_rows(batch) > PROBE:
             batch = t.problem.take_rows(batch, 0, PROBE)
-        return self._cost(batch).gradients
+        return self.cost(batch).gradients
 
-    def _cost(self, batch: Batch) -> Cost:
+    def cost(self, batch: Batch) -> Cost:
         """The prediction for a batch of these shapes, made once for each partition and request."""
         t = self.task
         key, program = self._program(batch)
