@@ -546,7 +546,7 @@ def told_seconds(seconds: float) -> str:
 def told_bytes(size: float) -> str:
     """
     >>> told_bytes(3 * 2**30), told_bytes(5e4)
-    ('3 GiB', '49 kiB')
+    ('3 GiB', '48.8 kiB')
     """
     unit, text = next(((u, t) for u, t in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "kiB"))
     return f"{size / unit:.3g} {text}" if size / unit < 1000 else f"{size / unit:.0f} {text}"
