@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,37 @@ from torch import Tensor
 
 from hoanalysis import partitions
 from hoanalysis.analysis.groups import eps_of
-from hoanalysis.analysis.regularized import Regularization, check
+from hoanalysis.analysis.regularized import check
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import ENGINES
 from hoanalysis.directions import group_norms
 from hoanalysis.errors import ArgumentError, NumericsError, listed
-from hoanalysis.optim.descent import Descent
-from hoanalysis.optim.information import Information
+from hoanalysis.optim.descent import Descent, Solution
+from hoanalysis.optim.information import Information, Known
 from hoanalysis.optim.updates import Update, resolve
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
 
 NEGATIVE = ("keep", "clip")
+SLOPES = ("measured", "step")
 SUFFICIENT = 0.1  # of the decrease that the slope alone would give; half of it is what a quadratic gives
 EXTRA = "summary_newton"  # the entry of the state_dict that torch.optim.Optimizer does not know
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What holds for the options that are not given."""
+
+    direction: str
+    average: float
+    slope: str
+    rates_momentum: float
+    negative: str
+    backtracking: int
+
+
+PAPER = Usual("gradient", 0.0, "measured", 0.0, "keep", 8)
+ABSOLUTE = Usual("momentum", 0.95, "step", 0.8, "clip", 0)
 
 
 class SummaryNewton(torch.optim.Optimizer):
@@ -50,10 +68,15 @@ class SummaryNewton(torch.optim.Optimizer):
         "canonical" (a group per tensor), "layer", "kind", "trivial", "discrete", or a `Partition`. The optimizer's
         ``param_groups`` are its groups, in order; tensors that a partition cuts stand in one for all their groups.
     direction
-        "gradient"; "momentum", u_t = 0.9 u_(t-1) + g_t; "adam"; or a function ``fn(gradient, state) -> u`` of each
-        parameter: `hoanalysis.optim.updates`.
+        "gradient"; "momentum", the moving average of gradients with 0.9; "adam"; or a function
+        ``fn(gradient, state) -> u`` of each parameter: `hoanalysis.optim.updates`.
     regularization, epsilon
-        As of ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then).
+        "absolute", made for the noise of batches: `hoanalysis.optim.descent.Descent`. Or as of
+        ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then), the step of the paper.
+
+        What is not given of direction, slope, average, rates_momentum, negative and backtracking is "momentum",
+        "step", 0.95, 0.8, "clip" and 0 with "absolute"; "gradient", "measured", 0, 0, "keep" and 8 with the others.
+        docs/optimizer.md says why.
     damping
         The initial ``lr`` of every param_group, which multiplies eta: what a scheduler of torch changes.
     period
@@ -67,6 +90,10 @@ class SummaryNewton(torch.optim.Optimizer):
         The coefficient of the moving averages of g-bar, H-bar and the diagonal, 0 for none.
     batches
         Batches for each measurement.
+    slope
+        g-bar is "measured" on the information's batches, or that of the "step" that measures, g^s . U^s on its own
+        batch, at least 0: another batch's slope along u is what a single step gains, and late in training that is
+        little more than noise.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
     backtracking
@@ -112,17 +139,18 @@ class SummaryNewton(torch.optim.Optimizer):
         problem: Problem,
         *,
         partition: str | Partition = "canonical",
-        direction: str | Update = "gradient",
-        regularization: Regularization = "cubic",
+        direction: str | Update | None = None,
+        regularization: Solution = "absolute",
         epsilon: float = 1.0,
         damping: float = 1.0,
         period: int = 10,
-        rates_momentum: float = 0.0,
-        negative: str = "keep",
-        average: float = 0.0,
+        rates_momentum: float | None = None,
+        negative: str | None = None,
+        average: float | None = None,
         batches: int = 1,
+        slope: str | None = None,
         trust: float = 0.0,
-        backtracking: int = 8,
+        backtracking: int | None = None,
         engine: str = "auto",
         memory: int = 2 * 2**30,
     ) -> None:
@@ -131,14 +159,22 @@ class SummaryNewton(torch.optim.Optimizer):
                 f"SummaryNewton needs a Problem, not {type(problem).__name__}",
                 do="SummaryNewton(ho.Problem(model, batches, loss)): the loss is differentiated on batches of its own",
             )
-        check(regularization, epsilon)
+        check("ridge" if regularization == "absolute" else regularization, epsilon)
+        usual = ABSOLUTE if regularization == "absolute" else PAPER
+        direction = usual.direction if direction is None else direction
+        average = usual.average if average is None else average
+        slope = usual.slope if slope is None else slope
+        rates_momentum = usual.rates_momentum if rates_momentum is None else rates_momentum
+        negative = usual.negative if negative is None else negative
+        backtracking = usual.backtracking if backtracking is None else backtracking
         _check(damping=damping, period=period, rates_momentum=rates_momentum, average=average, batches=batches)
-        _check_choices(negative=(negative, NEGATIVE), engine=(engine, ENGINES))
+        _check_choices(negative=(negative, NEGATIVE), slope=(slope, SLOPES), engine=(engine, ENGINES))
         if trust and (batches < 2 or not trust > 0):
             raise ArgumentError("trust is a positive number of standard errors", do="it needs batches=2 or more")
         self.problem = problem
         self.partition = partitions.resolve(partition, problem.model)
         self.update = resolve(direction)
+        self.slope = slope
         self.period, self.rates_momentum = int(period), float(rates_momentum)
         self.backtracking = int(backtracking)
         self.status = "skipped: no step yet"
@@ -150,6 +186,7 @@ class SummaryNewton(torch.optim.Optimizer):
         self.descent = Descent(regularization, epsilon, negative, trust, eps, self.partition.labels)
         self._eta: np.ndarray | None = None
         self._lengths = np.zeros(len(self.partition))  # |U^s| where eta was measured
+        self.last_slopes = np.full(len(self.partition), np.nan)  # what the last rates rested on
         self._steps = 0
         super().__init__(_groups(self.partition, self._parameters), {"lr": float(damping)})
         self._sealed = True
@@ -196,11 +233,25 @@ class SummaryNewton(torch.optim.Optimizer):
         u = {n: self.update(g, self.state[self._parameters[n]]) for n, g in gradients.items()}
         return {n: u[n] if n in u else torch.zeros_like(p) for n, p in self._parameters.items()}
 
+    def _slopes(self, u: Mapping[str, Tensor]) -> np.ndarray:
+        """max(g^s . U^s, 0), shape (S,), with g the gradient that this step was given."""
+        total = np.zeros(len(self.partition))
+        for name, p in self._parameters.items():
+            if p.grad is None:
+                continue
+            product = (p.grad * u[name]).double().cpu()
+            a = self.partition.assignment[name]
+            if isinstance(a, int):
+                total[a] += float(product.sum())
+            else:
+                np.add.at(total, np.asarray(a), product.numpy())
+        return np.maximum(total, 0.0)
+
     def _measure(self, u: Mapping[str, Tensor]) -> None:
         """New rates; those before hold where none can be had."""
         try:
             known = self.information.measure(u)
-            eta, said = self.descent.rates(known)
+            eta, said = self.descent.rates(self._with_slopes(known, u))
         except NumericsError as error:
             eta, said = None, [error.what]
         if eta is not None:
@@ -214,11 +265,27 @@ class SummaryNewton(torch.optim.Optimizer):
         self._eta, self._lengths = eta, known.norms
         self.status = "\n".join(said) or "ok"
 
-    def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, int]:
-        """eta halved until the loss of the latest batches falls by a tenth of what its slope says, and how often."""
+    def _with_slopes(self, known: Known, u: Mapping[str, Tensor]) -> Known:
+        """The slopes that the rates are to rest on."""
+        if self.slope == "measured":
+            return known
+        self.last_slopes = self._slopes(u)
+        d1 = {"D1": self.last_slopes}
+        left_out = tuple({**one, **d1} for one in known.without_one)
+        return replace(known, tensors={**known.tensors, **d1}, without_one=left_out)
+
+    def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, int]:
+        """eta halved until curvature takes no more than nine tenths of what its slope gives, and how often.
+
+        Where the slope is that of the latest batches, this is the rule of Armijo: their loss falls by a tenth of it.
+        Another slope is compared with what their loss adds to its own linear part, so that a batch that happens to
+        slope the other way does not stop the training.
+        """
+        slope = measured if self.slope == "measured" else self.last_slopes
         for i in range(self.backtracking):
             expected = max(float(eta @ slope), 0.0)
-            if self.information.change(u, eta) <= -SUFFICIENT * expected:
+            linear = expected if self.slope == "measured" else float(eta @ measured)
+            if self.information.change(u, eta) + linear <= (1 - SUFFICIENT) * expected:
                 return eta, i
             eta = eta / 2
         return eta, self.backtracking

@@ -3,16 +3,22 @@
 import copy
 import io
 
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 import hoanalysis as ho
 from hoanalysis import models
+from hoanalysis.analysis.groups import system_of
 from hoanalysis.optim import SummaryNewton
+from hoanalysis.optim.descent import absolute
 
 
 def batch(samples: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -95,6 +101,60 @@ def test_the_first_step_reaches_the_minimum_of_a_quadratic_along_the_groups(dire
         torch.testing.assert_close(p.detach(), b.detach() - eta_s * u_s, rtol=1e-9, atol=1e-12)
 
 
+def test_the_default_solves_with_the_absolute_value_of_the_pseudo_hessian():
+    model, (x, y) = network(), batch()
+    g, h = gradient_and_hessian(model, x, y, F.cross_entropy)
+    sizes = [p.numel() for p in model.parameters()]
+    parts = [torch.cat([v if i == s else 0 * v for i, v in enumerate(g.split(sizes))]) for s in range(len(sizes))]
+    pseudo = np.array([[float(a @ h @ b) for a in parts] for b in parts])
+    size = np.sqrt(np.abs(np.diag(pseudo)))
+    c = pseudo / np.outer(size, size)
+    np.fill_diagonal(c, 1.0)
+    w, v = scipy.linalg.eigh(scipy.linalg.sqrtm(c @ c).real)  # |C|
+    positive = (v * np.maximum(w, 0.1)) @ v.T / 0.3
+    slope = np.array([float(a @ a) for a in parts])
+    expected = np.maximum(scipy.linalg.solve(positive, slope / size) / size, 0.0)
+    optimizer = train(model, [(x, y)], 1)
+    np.testing.assert_allclose(list(optimizer.rates.values()), expected, rtol=1e-7)
+
+
+matrices = hnp.arrays(float, (5, 5), elements=st.floats(-1, 1, allow_subnormal=False))
+
+
+@given(matrices, hnp.arrays(float, 5, elements=st.floats(0.01, 1)), hnp.arrays(float, 5, elements=st.floats(-3, 3)))
+def test_absolute_rates_go_down_and_no_scale_matters(a, slope, exponent):
+    h = (a + a.T) / 2 + np.diag(np.where(np.diag(a) < 0, -0.1, 0.1))
+    groups = system_of({"D1": slope, "D2": h}, np.ones(5), 2.0**-52)
+    eta = absolute(groups, {"D1": slope, "D2": h}, 1.0)
+    assert slope @ eta > 0
+    c = 10.0**exponent
+    scaled = {"D1": slope * c, "D2": h * np.outer(c, c)}
+    again = absolute(system_of(scaled, c, 2.0**-52), scaled, 1.0)
+    np.testing.assert_allclose(again * c, eta, rtol=1e-7, atol=1e-9 * np.abs(eta).max())
+
+
+@pytest.mark.parametrize("direction", ["momentum", "adam", "gradient"])
+def test_slopes_of_the_step_are_those_of_its_own_batch(direction):
+    model, data = network(), [batch(12, seed) for seed in range(4)]
+    optimizer = SummaryNewton(ho.Problem(model, data[:1], F.cross_entropy), direction=direction, period=1)
+    kept = {n: [] for n, _ in model.named_parameters()}
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for n, p in model.named_parameters():
+            kept[n].append(p.grad.clone())
+        optimizer.step()
+    assert min(optimizer.rates.values()) >= 0
+    weights = 0.1 * 0.9 ** torch.arange(3, -1, -1, dtype=torch.float64)
+    squares = 0.001 * 0.999 ** torch.arange(3, -1, -1, dtype=torch.float64)
+    for i, gs in enumerate(kept.values()):
+        g = torch.stack(gs)
+        m = torch.tensordot(weights, g, 1) / weights.sum()
+        v = torch.tensordot(squares, g**2, 1) / squares.sum()
+        u = {"momentum": m, "adam": m / (v.sqrt() + 1e-8), "gradient": g[-1]}[direction]
+        np.testing.assert_allclose(optimizer.last_slopes[i], max(float((g[-1] * u).sum()), 0.0), rtol=1e-9)
+
+
 class Scaled(nn.Module):
     """The same function whatever alpha: tensor s enters as alpha_s T_s, with T_s = theta_s / alpha_s."""
 
@@ -110,9 +170,11 @@ class Scaled(nn.Module):
 
 OPTIONS = [
     {},
+    {"slope": "measured", "average": 0.5, "batches": 2, "trust": 1.0},
+    {"regularization": "cubic"},
     {"regularization": "r", "epsilon": 0.7},
     {"regularization": "ridge", "negative": "clip"},
-    {"average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
+    {"regularization": "cubic", "average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
 ]
 
 
@@ -278,6 +340,8 @@ def test_training_does_not_touch_the_random_state():
         ({"direction": "nesterov"}, "no direction 'nesterov'"),
         ({"regularization": "cubik"}, "did you mean 'cubic'"),
         ({"epsilon": -1.0}, "epsilon must be positive"),
+        ({"slope": "mesured"}, "slope is one of 'measured', 'step'"),
+        ({"regularization": "absolute", "epsilon": 0.0}, "epsilon must be positive"),
         ({"trust": 1.0}, "batches=2 or more"),
         ({"partition": "canonicle"}, "canonical"),
     ],
