@@ -146,10 +146,15 @@ def run_all(page):
 
 
 def sentence_with(page, *words) -> str:
+    from playwright.sync_api import TimeoutError
+
     wanted = json.dumps(list(words))
-    page.wait_for_function(
-        f"{wanted}.every(w => document.querySelector('.ho-sentence')?.innerText.includes(w))", timeout=PATIENCE
-    )
+    try:
+        page.wait_for_function(
+            f"{wanted}.every(w => document.querySelector('.ho-sentence')?.innerText.includes(w))", timeout=PATIENCE
+        )
+    except TimeoutError:
+        raise AssertionError(f"{wanted} is not in {page.inner_text('.ho-sentence')!r}") from None
     return page.inner_text(".ho-sentence")
 
 
