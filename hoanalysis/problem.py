@@ -20,7 +20,7 @@ import sys
 import types
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from hoanalysis import culprits, losses
 from hoanalysis.checkpoints import Checkpoint, fit
 from hoanalysis.errors import ArgumentError, DataError, HoError, LossError, ModelError, listed
 from hoanalysis.partitions import describe_parameters
+from hoanalysis.settings import of_modules, of_value
 
 Batch = Any
 
@@ -230,16 +231,7 @@ class Problem:
 
     def size(self, batch: Batch) -> float:
         """w_b: the denominator of the batch's mean."""
-        try:
-            w = float(self._size(batch))
-        except HoError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"the size of a batch could not be told: {type(error).__name__}: {error}",
-                why=f"batch_size= is {describe_callable(self._size)}",
-                do="let batch_size(batch) return the denominator of the batch's mean, a number",
-            ) from error
+        w = self._size_of(batch)
         if not (np.isfinite(w) and w > 0):
             raise DataError(
                 f"a batch has size {w:g}",
@@ -248,10 +240,31 @@ class Problem:
             )
         return w
 
+    def shares(self, parts: Sequence[Batch], whole: Batch) -> list[float]:
+        """What each part counts in the loss of the whole; 0 for one in which nothing counts."""
+        if self.reduction == "sum":
+            return [1.0] * len(parts)
+        return [self._size_of(part) / self.size(whole) for part in parts]
+
+    def _size_of(self, batch: Batch) -> float:
+        try:
+            return float(self._size(batch))
+        except HoError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the size of a batch could not be told: {type(error).__name__}: {error}",
+                why=f"batch_size= is {describe_callable(self._size)}",
+                do="let batch_size(batch) return the denominator of the batch's mean, a number",
+            ) from error
+
     def settings(self) -> tuple:
-        """The modes, numbers, words and plain tensors that the model's modules keep as attributes: what was found out
-        about the model holds as long as these are the same."""
-        return tuple(tuple(_plain(m)) for m in self.model.modules())
+        """What the model's modules and the loss keep as attributes, see `hoanalysis.settings`.
+
+        What was found out about them holds as long as this is the same.
+        """
+        seen = {id(self.model)}
+        return of_modules(self.model, seen), of_value(self._batch_loss or self.loss, seen)
 
     @property
     def splittable(self) -> bool:
@@ -272,19 +285,23 @@ class Problem:
         batch, rows = self.cast(batch, torch.float64), count_rows(batch)
         state = self.state(dtype=torch.float64, include_frozen=True)
         copies = {n: p.clone() for n, p in state.parameters.items()}
+        # uneven, since masks and class weights can be alike in two halves; again where nothing counts in one of them
+        cuts = dict.fromkeys(max(1, rows * k // 7) for k in (2, 5, 3, 4, 1, 6))
         try:
-            cut = max(1, rows // 3)  # uneven, since masks and class weights can be alike in two halves
-            parts = [self.take_rows(batch, 0, cut), self.take_rows(batch, cut, rows)]
-            values = [self.batch_value(copies, state, b).detach() for b in (batch, *parts)]
-            weights = [1.0, 1.0] if self.reduction == "sum" else [self.size(b) / self.size(batch) for b in parts]
+            whole = self.batch_value(copies, state, batch).detach()
+            if not whole.isfinite():  # told later, with the batch's number
+                return True
+            for cut in cuts:
+                parts = [self.take_rows(batch, 0, cut), self.take_rows(batch, cut, rows)]
+                weights = self.shares(parts, batch)
+                if all(weights):
+                    values = [float(self.batch_value(copies, state, b).detach()) for b in parts]
+                    again = sum(w * v for w, v in zip(weights, values, strict=True))
+                    exact = 1e-9 if whole.dtype == torch.float64 else 1e-5  # a loss may work in single precision inside
+                    return abs(again - float(whole)) <= exact * max(map(abs, (float(whole), *values)))
         except Exception:  # a loss that cannot take a part of a batch is taken whole: nothing is lost but memory
             return False
-        if not values[0].isfinite():  # told later, with the batch's number
-            return True
-        exact = 1e-9 if values[0].dtype == torch.float64 else 1e-5  # a loss may work in single precision inside
-        whole, *shares = map(float, values)
-        again = sum(w * v for w, v in zip(weights, shares, strict=True))
-        return abs(again - whole) <= exact * max(abs(v) for v in (whole, *shares))
+        return False
 
     def take_rows(self, batch: Batch, i: int, j: int) -> Batch:
         """Samples i..j of a batch: the user's ``split``, or the rows of its tensors."""
@@ -472,14 +489,6 @@ class Problem:
                 do="pass batch_size=lambda batch: the denominator of the batch's mean",
             )
         self._rows_checked = index + 1
-
-
-def _plain(module: nn.Module) -> Iterator[tuple]:
-    for name, value in vars(module).items():
-        if type(value) in (bool, int, float, str):
-            yield name, value
-        elif isinstance(value, Tensor):
-            yield name, id(value), value._version
 
 
 def batches_of(data: Iterable[Batch]) -> Iterator[Batch]:

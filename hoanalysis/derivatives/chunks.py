@@ -18,7 +18,5 @@ def chunks(engine: Engine, batch: Batch) -> Iterator[tuple[Batch, float]]:
     if step == rows:
         yield batch, 1.0
         return
-    whole = 1.0 if problem.reduction == "sum" else problem.size(batch)
-    for i in range(0, rows, step):
-        part = problem.take_rows(batch, i, min(i + step, rows))
-        yield part, 1.0 if problem.reduction == "sum" else problem.size(part) / whole
+    parts = [problem.take_rows(batch, i, min(i + step, rows)) for i in range(0, rows, step)]
+    yield from ((part, share) for part, share in zip(parts, problem.shares(parts, batch), strict=True) if share)

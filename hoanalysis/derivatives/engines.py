@@ -67,12 +67,11 @@ class Engine:
                 step = even(rows, min(self.rows or rows, self.affordable(batch)))
                 if step == rows:
                     return self.chunk(batch)
-                whole = 1.0 if problem.reduction == "sum" else problem.size(batch)
                 total = BatchDerivatives(0.0)
-                for i in range(0, rows, step):
-                    part = problem.take_rows(batch, i, min(i + step, rows))
-                    share = 1.0 if problem.reduction == "sum" else problem.size(part) / whole
-                    total.add(self.chunk(part).scaled(share))
+                parts = [problem.take_rows(batch, i, min(i + step, rows)) for i in range(0, rows, step)]
+                for part, share in zip(parts, problem.shares(parts, batch), strict=True):
+                    if share:  # nothing counts in a part whose targets are all masked, and its own mean is 0/0
+                        total.add(self.chunk(part).scaled(share))
                 return total
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or step < 2 or not problem.splittable:
@@ -124,18 +123,30 @@ class Tangents(Engine):
         self.check_all = check_all
         self._settings = task.problem.settings()
         self.programs: dict[Hashable, list[Program]] = task.problem.cache.setdefault("programs", {})
+        self._fresh: set[Program] = set()
         self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
 
     def affordable(self, batch: Batch) -> int:
         """The budget over the predicted peak of a few samples: memory grows with the samples, but for the weights."""
         t, rows = self.task, count_rows(batch)
-        if rows <= PROBE or not t.problem.splittable:
+        probe = min(rows, PROBE) if t.problem.splittable else rows
+        needed = RESERVE * self.cost(batch if probe == rows else t.problem.take_rows(batch, 0, probe)).bytes
+        fits = max(1, int(t.memory * probe / needed)) if needed else rows
+        if not t.problem.splittable:
+            if fits < rows:
+                self._note(
+                    f"batches of {rows} samples were taken whole: not known to be means over samples"
+                )
             return rows
-        each = RESERVE * self.cost(t.problem.take_rows(batch, 0, PROBE)).bytes / PROBE
-        fits = max(1, int(t.memory / each)) if each else rows
-        if fits < rows:
-            t.notes.append(f"batches of {rows} samples were computed in chunks of at most {fits}")
+        if needed / probe > t.memory:
+            self._note(f"a single sample takes more than the memory budget: about {needed / probe / 2**20:.0f} MiB")
+        elif fits < rows:
+            self._note(f"batches of {rows} samples were computed in chunks of at most {fits}")
         return min(rows, fits)
+
+    def _note(self, text: str) -> None:
+        if text not in self.task.notes:
+            self.task.notes.append(text)
 
     def predicted_gradients(self) -> float:
         """The predicted cost of the first batch, in gradients."""
@@ -159,17 +170,34 @@ class Tangents(Engine):
         t = self.task
         key = capture_key(t.problem, t.state, batch, self._settings)
         if key not in self.programs:
-            self.programs[key] = [capture(t.problem, t.state, batch)]
+            self.programs[key] = [self._captured(batch)]
         return key, self.programs[key][0]
 
     def chunk(self, batch: Batch) -> BatchDerivatives:
-        t = self.task
         program, result = self._derivatives(batch)
+        try:
+            self._check(program, batch, result)
+        except TangentsUnsupported:
+            if program in self._fresh:
+                raise
+            # captured by an earlier call: something that the key does not hold may have changed since
+            key, _ = self._program(batch)
+            del self.programs[key]
+            program, result = self._derivatives(batch)
+            self._check(program, batch, result)
+        return result
+
+    def _check(self, program: Program, batch: Batch, result: BatchDerivatives) -> None:
+        t = self.task
         once = (program, t.partition.fingerprint(), t.identity)
         if self.check_all or once not in self._checked:
             program.check(t.problem, t.state, t.direction, t.partition, batch, result)
             self._checked.add(once)
-        return result
+
+    def _captured(self, batch: Batch) -> Program:
+        program = capture(self.task.problem, self.task.state, batch)
+        self._fresh.add(program)
+        return program
 
     def _derivatives(self, batch: Batch) -> tuple[Program, BatchDerivatives]:
         """By the program whose branches this batch takes, the latest first; by a new one where there is none."""
@@ -183,7 +211,7 @@ class Tangents(Engine):
                 continue
             known.insert(0, known.pop(i))
             return program, result
-        program = capture(t.problem, t.state, batch)
+        program = self._captured(batch)
         known[:] = [program, *known[: BRANCHES - 1]]
         t.notes.append("the call depends on values: captured anew where a batch took another branch")
         return program, self._run(program, batch)
@@ -247,15 +275,23 @@ def self_check(task: Task, engine: Engine, rows: int = PROBE, seed: int = 0) -> 
     the largest entry is compared with the derivative along its own group.
     """
     problem, state = task.problem, task.state
-    batch = problem.cast(problem.first_batch(), state.dtype)
-    if problem.splittable and count_rows(batch) > rows:
-        batch = problem.take_rows(batch, 0, rows)
+    batch = _few(problem, problem.cast(problem.first_batch(), state.dtype), rows, engine)
     result = engine.chunk(batch)
     try:
         return _compared(task, batch, result, seed)
     except (NotImplementedError, RuntimeError) as error:
         task.notes.append(f"no self-check: torch cannot differentiate this so often ({str(error)[:120]})")
         return float("nan")
+
+
+def _few(problem: Problem, batch: Batch, rows: int, engine: Engine) -> Batch:
+    """The first samples of a batch, as many as fit into memory at once, that hold something that counts."""
+    total = count_rows(batch)
+    if not problem.splittable or total <= 1:
+        return batch
+    step = min(rows, total, engine.rows or total, engine.affordable(batch))
+    parts = (problem.take_rows(batch, i, min(i + step, total)) for i in range(0, total, step))
+    return next((part for part in parts if all(problem.shares([part], batch))), batch)
 
 
 def _compared(task: Task, batch: Batch, result: BatchDerivatives, seed: int) -> float:
