@@ -79,7 +79,11 @@ def serve(root: Path, ds):
         yield f"{address}/lab/tree/explore.ipynb?token=secret", root / "explore.ipynb"
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:  # its kernels end with it
+            server.kill()
+            server.wait()
 
 
 @contextmanager
