@@ -286,7 +286,7 @@ class Problem:
         state = self.state(dtype=torch.float64, include_frozen=True)
         copies = {n: p.clone() for n, p in state.parameters.items()}
         # uneven, since masks and class weights can be alike in two halves; again where nothing counts in one of them
-        cuts = dict.fromkeys(max(1, rows * k // 7) for k in (2, 5, 3, 4, 1, 6))
+        cuts = dict.fromkeys(max(1, k) for k in (rows // 3, *(rows * i // 7 for i in (5, 3, 4, 1, 6))))
         try:
             whole = self.batch_value(copies, state, batch).detach()
             if not whole.isfinite():  # told later, with the batch's number

@@ -499,7 +499,12 @@ class Work:
         self, run: Run, plan: Mapping[str, Any], progress: bool, workers: Workers | None = None
     ) -> dict[str, xr.Dataset]:
         """The units of a plan by their canonical keys, without those that failed, each of which is a warning."""
-        wanted = {canonical(key): (i, key) for i, step in enumerate(plan["steps"]) for key in step["units"]}
+        wanted: dict[str, Item] = {}
+        alike: dict[str, list[int]] = {}  # checkpoints of the same content share a unit
+        for i, step in enumerate(plan["steps"]):
+            for key in step["units"]:
+                wanted.setdefault(canonical(key), (i, key))
+                alike.setdefault(canonical(key), []).append(i)
         made: dict[str, xr.Dataset] = {}
         failed: dict[int, HoError] = {}
         with closing(self._made(list(wanted.values()), run, None, workers)) as computed:
@@ -509,9 +514,9 @@ class Work:
                     refuse_replaced(run, i, key)
                 except (CheckpointError, ClusterError) as error:
                     made.pop(canonical(key), None)
-                    failed[i] = error
+                    failed |= dict.fromkeys(alike[canonical(key)], error)
         if failed and not made:
-            raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, len(wanted))
+            raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, sum(map(len, alike.values())))
         for i, failure in sorted(failed.items()):
             warnings.warn(f"step {run.steps[i]} is NaN: {failure}", stacklevel=4)
         if not failed:
