@@ -80,7 +80,7 @@ def test_an_installed_wheel_renders_the_same_report(site: Path, tmp_path: Path) 
 
 #: What each is run with, which makes it small, and words of its result. The other paths hold as they are.
 SMALL = {
-    "tour.ipynb": ({"images": 64}, "Where it broke"),
+    "tour.ipynb": ({"images": 64}, "engine tangents"),
     "explore.ipynb": ({"path": "../data/few", "store": "../reports/few/store"}, "Step 40: pseudo-Hessian"),
     "own_model.ipynb": ({"batches": 2}, "transformer.h.0.attn.c_attn.bias[k]"),
 }

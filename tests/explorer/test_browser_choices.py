@@ -271,7 +271,6 @@ def test_a_kernel_that_is_gone_is_said(page, address):
     )
     assert marked(page) == [False, True]
     assert (picture(page), page.inner_text(".ho-sentence")) == (shown, said)  # the last view stays
-    page.wait_for_selector("text=| Idle")
     menu(page, "Kernel", "kernelmenu:restart")
     page.locator(".jp-Dialog .jp-mod-accept").first.click()
     page.wait_for_selector(".ho-live.jupyter-widgets-disconnected")
