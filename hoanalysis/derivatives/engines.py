@@ -134,9 +134,7 @@ class Tangents(Engine):
         fits = max(1, int(t.memory * probe / needed)) if needed else rows
         if not t.problem.splittable:
             if fits < rows:
-                self._note(
-                    f"batches of {rows} samples were taken whole: not known to be means over samples"
-                )
+                self._note(f"batches of {rows} samples were taken whole: not known to be means over samples")
             return rows
         if needed / probe > t.memory:
             self._note(f"a single sample takes more than the memory budget: about {needed / probe / 2**20:.0f} MiB")
