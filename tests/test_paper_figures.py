@@ -170,6 +170,7 @@ def test_a_shipped_unit_is_what_its_shipped_checkpoint_gives(cifar10, monkeypatc
     assert set(shipped.data_vars) == set(ours.data_vars)
     for name in shipped.data_vars:
         size = float(np.abs(shipped[name]).max())
-        tolerance = 1e-3 if str(name).endswith("_se") else 1e-5  # float32, and other processors add in another order
+        # float32: other processors add in another order, by which a ReLU at its kink may switch for a sample of a block
+        tolerance = 1e-3 if str(name).endswith(("_se", "_batch")) else 1e-5
         np.testing.assert_allclose(ours[name], shipped[name], rtol=1e-3, atol=tolerance * size, err_msg=str(name))
-    np.testing.assert_allclose(ours.direction_norm, shipped.direction_norm, rtol=1e-5)
+    np.testing.assert_allclose(ours.direction_norm, shipped.direction_norm, rtol=1e-4)

@@ -190,4 +190,4 @@ def test_a_move_of_the_slider_is_redrawn_quickly_enough():
         step.value = value
         times.append(time.process_time() - before)
     assert f"Step {value}" in explorer.sentence
-    assert min(times[1:]) < 0.3, times
+    assert min(times[1:]) < 1.5, times
