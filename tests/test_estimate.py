@@ -109,7 +109,7 @@ def test_a_budget_of_time(problem: ho.Problem) -> None:
     if fewer:
         n = int(re.search(r"\d+", fewer[0].what)[0]) // 256
         factor = float(re.search(r"grow by ([0-9.]+)", fewer[0].loses)[1])
-        assert factor == pytest.approx(max(1.0, math.sqrt(12 / n)), rel=0.01)
+        assert factor == pytest.approx(max(1.0, math.sqrt(12 / n)), abs=0.051)  # two digits are printed
     assert any("diagonal = 3" in c.what for c in found.changes)
     fits = [c.fits for c in found.changes]
     assert fits == sorted(fits, reverse=True)
