@@ -16,28 +16,32 @@ from hoanalysis.analysis.regularized import Regularization, Solver
 from hoanalysis.errors import listed
 from hoanalysis.optim.information import Array, Known
 
-Solution = Regularization | Literal["absolute"]
-THIRD = {None: "", "ridge": "", "absolute": "", "r": schema.diagonal(3), "cubic": schema.diagonal(3)}
+Curvature = Literal["signed", "absolute"]
+CURVATURES = ("signed", "absolute")
+THIRD = {None: "", "ridge": "", "r": schema.diagonal(3), "cubic": schema.diagonal(3)}
 
-FLOOR = 0.1  # of the equilibrated curvature along any combination of groups, where that of one group is 1
-SHARE = 0.3  # of the rates: momentum goes on along u for several steps. docs/optimizer.md: 0.2 to 0.6 were tried
+FLOOR = 1.0  # of the equilibrated curvature along any combination of groups: that of a single group
+SHARE = 0.7  # of the solution: u goes on for several steps. docs/optimizer.md says what was tried
 
 
 @dataclass(frozen=True)
 class Descent:
     """H-bar_reg eta = g-bar, and which of its solutions are taken.
 
-    "absolute" takes the absolute value of H-bar, in equilibrated form C_st = H_st / sqrt|H_ss H_tt| = V Diag(w) V^T:
+    ``curvature="absolute"`` replaces H-bar by its absolute value, before it is regularized. In equilibrated form
+    C_st = H_st / sqrt|H_ss H_tt| = V Diag(w) V^T:
 
-        C_reg = (epsilon / SHARE) V Diag(max(|w|, FLOOR)) V^T,     so that every rate goes down the second-order model
+        |C| = V Diag(max(|w|, FLOOR)) V^T,     eta = SHARE (|C|_reg)^-1 g-bar,
 
-    (saddle-free Newton, Dauphin et al. 2014), and the S rates do not explode where groups act on the loss alike.
+    so that eta goes down the second-order model (saddle-free Newton, Dauphin et al. 2014), and the noise of g-bar is
+    not magnified where groups act on the loss alike and C has nearly the rank 1.
 
     ``negative``: "keep" negative rates, which climb along u^s because H-bar says that the other groups more than make
     up for it, or "clip" them at 0. ``trust``: rates that are not ``trust`` standard errors away from 0 are 0.
     """
 
-    regularization: Solution
+    regularization: Regularization
+    curvature: Curvature
     epsilon: float
     negative: str
     trust: float
@@ -68,10 +72,10 @@ class Descent:
 
     def _solver(self, groups: System, known: Known) -> tuple[Callable[[Tensors], Array], bool]:
         """Tensors -> eta, NaN for the groups left out; and whether the system is the hard case of the cubic step."""
-        if self.regularization == "absolute":
-            return lambda t: absolute(groups, t, self.epsilon), False
         third = THIRD[self.regularization]
         solver = Solver(groups, self.regularization, self.epsilon, third, self.eps ** (2 / 3))
+        if self.curvature == "absolute":
+            return lambda t: SHARE * solver({**t, "D2": absolute(groups, t["D2"])}), False
         return solver, self.regularization == "cubic" and solver.equilibrated(dict(known.tensors)).hard
 
     @staticmethod
@@ -83,15 +87,17 @@ class Descent:
         return np.nan_to_num(error, nan=np.inf)
 
 
-def absolute(groups: System, t: Tensors, epsilon: float) -> Array:
-    """The rates by the absolute value of the equilibrated H-bar, shape (S,), NaN for the groups left out."""
-    c, b = groups.equilibrated(t)
-    if not (len(b) and np.isfinite(c).all()):
-        return np.full(len(groups.used), np.nan)
-    c[np.diag_indices_from(c)] = np.abs(np.diagonal(c))
-    w, v = np.linalg.eigh(c)
-    y = v @ ((v.T @ b) / np.maximum(np.abs(w), FLOOR)) * SHARE / epsilon
-    return groups.spread(y / groups.scale[groups.used])
+def absolute(groups: System, d2: Array) -> Array:
+    """|H-bar|, shape (S, S), over the used groups and 0 elsewhere; NaN where an entry is missing."""
+    use, scale = groups.used, groups.scale[groups.used]
+    c = d2[np.ix_(use, use)] / np.outer(scale, scale)
+    out = np.zeros_like(d2)
+    if np.isfinite(c).all():
+        c[np.diag_indices_from(c)] = np.abs(np.diagonal(c))
+        w, v = np.linalg.eigh(c)
+        c = (v * np.maximum(np.abs(w), FLOOR)) @ v.T
+    out[np.ix_(use, use)] = c * np.outer(scale, scale)
+    return out
 
 
 def _said(groups: System, labels: tuple[str, ...]) -> list[str]:

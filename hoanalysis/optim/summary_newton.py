@@ -12,19 +12,20 @@ from torch import Tensor
 
 from hoanalysis import partitions
 from hoanalysis.analysis.groups import eps_of
-from hoanalysis.analysis.regularized import check
+from hoanalysis.analysis.regularized import Regularization, check
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import ENGINES
 from hoanalysis.directions import group_norms
 from hoanalysis.errors import ArgumentError, NumericsError, listed
-from hoanalysis.optim.descent import Descent, Solution
+from hoanalysis.optim.descent import CURVATURES, Curvature, Descent
 from hoanalysis.optim.information import Information, Known
 from hoanalysis.optim.updates import Update, resolve
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
 
 NEGATIVE = ("keep", "clip")
-SLOPES = ("measured", "step")
+SLOPES = ("measured", "steps")
+MEMORY = 0.9  # of the slopes over steps: as long as that of momentum
 SUFFICIENT = 0.1  # of the decrease that the slope alone would give; half of it is what a quadratic gives
 EXTRA = "summary_newton"  # the entry of the state_dict that torch.optim.Optimizer does not know
 
@@ -34,15 +35,14 @@ class Usual:
     """What holds for the options that are not given."""
 
     direction: str
+    curvature: Curvature
     average: float
     slope: str
-    rates_momentum: float
-    negative: str
     backtracking: int
 
 
-PAPER = Usual("gradient", 0.0, "measured", 0.0, "keep", 8)
-ABSOLUTE = Usual("momentum", 0.95, "step", 0.8, "clip", 0)
+PAPER = Usual("gradient", "signed", 0.0, "measured", 8)
+NOISE = Usual("momentum", "absolute", 0.8, "steps", 0)  # docs/optimizer.md
 
 
 class SummaryNewton(torch.optim.Optimizer):
@@ -71,12 +71,14 @@ class SummaryNewton(torch.optim.Optimizer):
         "gradient"; "momentum", the moving average of gradients with 0.9; "adam"; or a function
         ``fn(gradient, state) -> u`` of each parameter: `hoanalysis.optim.updates`.
     regularization, epsilon
-        "absolute", made for the noise of batches: `hoanalysis.optim.descent.Descent`. Or as of
-        ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then), the step of the paper.
+        As of ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then).
 
-        What is not given of direction, slope, average, rates_momentum, negative and backtracking is "momentum",
-        "step", 0.95, 0.8, "clip" and 0 with "absolute"; "gradient", "measured", 0, 0, "keep" and 8 with the others.
-        docs/optimizer.md says why.
+        "cubic" comes with what the noise of batches asks for, the others with the step as the paper writes it. That is,
+        what is not given of direction, curvature, average, slope and backtracking is "momentum", "absolute", 0.8,
+        "steps" and 0 with "cubic", and "gradient", "signed", 0, "measured" and 8 with the others. docs/optimizer.md
+        says why.
+    curvature
+        H-bar as it is, "signed", or its "absolute" value: `hoanalysis.optim.descent.Descent`.
     damping
         The initial ``lr`` of every param_group, which multiplies eta: what a scheduler of torch changes.
     period
@@ -91,9 +93,9 @@ class SummaryNewton(torch.optim.Optimizer):
     batches
         Batches for each measurement.
     slope
-        g-bar is "measured" on the information's batches, or that of the "step" that measures, g^s . U^s on its own
-        batch, at least 0: another batch's slope along u is what a single step gains, and late in training that is
-        little more than noise.
+        g-bar is "measured" on the information's batches, or the slope of the "steps" on their own batches:
+        |U^s| times the moving average (0.9) of g^s . U^s / |U^s| over all steps, at least 0. Another batch's slope
+        along u is what a single step gains, and late in training that is little more than noise.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
     backtracking
@@ -140,12 +142,13 @@ class SummaryNewton(torch.optim.Optimizer):
         *,
         partition: str | Partition = "canonical",
         direction: str | Update | None = None,
-        regularization: Solution = "absolute",
+        regularization: Regularization = "cubic",
         epsilon: float = 1.0,
         damping: float = 1.0,
         period: int = 10,
-        rates_momentum: float | None = None,
-        negative: str | None = None,
+        rates_momentum: float = 0.0,
+        negative: str = "keep",
+        curvature: Curvature | None = None,
         average: float | None = None,
         batches: int = 1,
         slope: str | None = None,
@@ -159,16 +162,16 @@ class SummaryNewton(torch.optim.Optimizer):
                 f"SummaryNewton needs a Problem, not {type(problem).__name__}",
                 do="SummaryNewton(ho.Problem(model, batches, loss)): the loss is differentiated on batches of its own",
             )
-        check("ridge" if regularization == "absolute" else regularization, epsilon)
-        usual = ABSOLUTE if regularization == "absolute" else PAPER
+        check(regularization, epsilon)
+        usual = NOISE if regularization == "cubic" else PAPER
         direction = usual.direction if direction is None else direction
+        curvature = usual.curvature if curvature is None else curvature
         average = usual.average if average is None else average
         slope = usual.slope if slope is None else slope
-        rates_momentum = usual.rates_momentum if rates_momentum is None else rates_momentum
-        negative = usual.negative if negative is None else negative
         backtracking = usual.backtracking if backtracking is None else backtracking
         _check(damping=damping, period=period, rates_momentum=rates_momentum, average=average, batches=batches)
         _check_choices(negative=(negative, NEGATIVE), slope=(slope, SLOPES), engine=(engine, ENGINES))
+        _check_choices(curvature=(curvature, CURVATURES))
         if trust and (batches < 2 or not trust > 0):
             raise ArgumentError("trust is a positive number of standard errors", do="it needs batches=2 or more")
         self.problem = problem
@@ -183,10 +186,12 @@ class SummaryNewton(torch.optim.Optimizer):
         request = Request(2, 3 if regularization in ("r", "cubic") else None)
         self.information = Information(problem, self.partition, request, average, int(batches), engine, memory)
         eps = eps_of(problem.upcast() or next(iter(self._parameters.values())).dtype)
-        self.descent = Descent(regularization, epsilon, negative, trust, eps, self.partition.labels)
+        self.descent = Descent(regularization, curvature, epsilon, negative, trust, eps, self.partition.labels)
         self._eta: np.ndarray | None = None
         self._lengths = np.zeros(len(self.partition))  # |U^s| where eta was measured
         self.last_slopes = np.full(len(self.partition), np.nan)  # what the last rates rested on
+        self._slopes = np.zeros(len(self.partition))  # the moving average over steps, and the sum of its weights
+        self._slopes_weight = 0.0
         self._steps = 0
         super().__init__(_groups(self.partition, self._parameters), {"lr": float(damping)})
         self._sealed = True
@@ -212,12 +217,16 @@ class SummaryNewton(torch.optim.Optimizer):
         if isinstance(u, str):
             self.status = f"skipped: {u}"
             return loss
+        lengths = group_norms(u, self.partition)
+        if self.slope == "steps":
+            self._slopes = MEMORY * self._slopes + (1 - MEMORY) * self._own_slopes(u) / np.where(lengths > 0, lengths, 1)
+            self._slopes_weight = MEMORY * self._slopes_weight + 1 - MEMORY
         measures = self._steps % self.period == 0 or self._eta is None
         if measures:
             self._measure(u)
         self._steps += 1
         if self._eta is not None:
-            self._move(u, self._eta if measures else self._held(u, self._eta))
+            self._move(u, self._eta if measures else self._held(lengths, self._eta))
         return loss
 
     def _direction(self) -> dict[str, Tensor] | str:
@@ -233,8 +242,8 @@ class SummaryNewton(torch.optim.Optimizer):
         u = {n: self.update(g, self.state[self._parameters[n]]) for n, g in gradients.items()}
         return {n: u[n] if n in u else torch.zeros_like(p) for n, p in self._parameters.items()}
 
-    def _slopes(self, u: Mapping[str, Tensor]) -> np.ndarray:
-        """max(g^s . U^s, 0), shape (S,), with g the gradient that this step was given."""
+    def _own_slopes(self, u: Mapping[str, Tensor]) -> np.ndarray:
+        """g^s . U^s, shape (S,), with g the gradient that this step was given."""
         total = np.zeros(len(self.partition))
         for name, p in self._parameters.items():
             if p.grad is None:
@@ -245,13 +254,13 @@ class SummaryNewton(torch.optim.Optimizer):
                 total[a] += float(product.sum())
             else:
                 np.add.at(total, np.asarray(a), product.numpy())
-        return np.maximum(total, 0.0)
+        return total
 
     def _measure(self, u: Mapping[str, Tensor]) -> None:
         """New rates; those before hold where none can be had."""
         try:
             known = self.information.measure(u)
-            eta, said = self.descent.rates(self._with_slopes(known, u))
+            eta, said = self.descent.rates(self._with_slopes(known))
         except NumericsError as error:
             eta, said = None, [error.what]
         if eta is not None:
@@ -265,11 +274,11 @@ class SummaryNewton(torch.optim.Optimizer):
         self._eta, self._lengths = eta, known.norms
         self.status = "\n".join(said) or "ok"
 
-    def _with_slopes(self, known: Known, u: Mapping[str, Tensor]) -> Known:
+    def _with_slopes(self, known: Known) -> Known:
         """The slopes that the rates are to rest on."""
         if self.slope == "measured":
             return known
-        self.last_slopes = self._slopes(u)
+        self.last_slopes = np.maximum(self._slopes / self._slopes_weight, 0.0) * known.norms
         d1 = {"D1": self.last_slopes}
         left_out = tuple({**one, **d1} for one in known.without_one)
         return replace(known, tensors={**known.tensors, **d1}, without_one=left_out)
@@ -290,13 +299,12 @@ class SummaryNewton(torch.optim.Optimizer):
             eta = eta / 2
         return eta, self.backtracking
 
-    def _held(self, u: Mapping[str, Tensor], eta: np.ndarray) -> np.ndarray:
+    def _held(self, lengths: np.ndarray, eta: np.ndarray) -> np.ndarray:
         """The rates for a step that did not measure: none is negative, and no group goes further than it was seen to.
 
         A negative rate says that climbing along one u^s paid because of the others, at that point. Of the next
         gradient nothing of the kind is known. And a gradient that grows says that the rates no longer hold.
         """
-        lengths = group_norms(u, self.partition)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(lengths > self._lengths, self._lengths / lengths, 1.0)
         return np.maximum(eta, 0.0) * share
@@ -319,6 +327,7 @@ class SummaryNewton(torch.optim.Optimizer):
         own |= {
             "eta": None if self._eta is None else self._eta.tolist(),
             "lengths": self._lengths.tolist(),
+            "slopes": [self._slopes_weight, *self._slopes.tolist()],
             "information": self.information.state_dict(),
         }
         return {**super().state_dict(), EXTRA: own}
@@ -336,6 +345,8 @@ class SummaryNewton(torch.optim.Optimizer):
         self._steps, self.status = own["steps"], own["status"]
         self._eta = None if own["eta"] is None else np.array(own["eta"], dtype=float)
         self._lengths = np.array(own["lengths"], dtype=float)
+        self._slopes_weight, *slopes = own["slopes"]
+        self._slopes = np.array(slopes, dtype=float)
         self.information.load_state_dict(own["information"])
 
 

@@ -18,7 +18,7 @@ import hoanalysis as ho
 from hoanalysis import models
 from hoanalysis.analysis.groups import system_of
 from hoanalysis.optim import SummaryNewton
-from hoanalysis.optim.descent import absolute
+from hoanalysis.optim.descent import FLOOR, SHARE, absolute
 
 
 def batch(samples: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,8 @@ def test_the_first_step_reaches_the_minimum_of_a_quadratic_along_the_groups(dire
         torch.testing.assert_close(p.detach(), b.detach() - eta_s * u_s, rtol=1e-9, atol=1e-12)
 
 
-def test_the_default_solves_with_the_absolute_value_of_the_pseudo_hessian():
+@pytest.mark.parametrize("regularization", ["cubic", None])
+def test_the_default_solves_with_the_absolute_value_of_the_pseudo_hessian(regularization):
     model, (x, y) = network(), batch()
     g, h = gradient_and_hessian(model, x, y, F.cross_entropy)
     sizes = [p.numel() for p in model.parameters()]
@@ -111,32 +112,50 @@ def test_the_default_solves_with_the_absolute_value_of_the_pseudo_hessian():
     c = pseudo / np.outer(size, size)
     np.fill_diagonal(c, 1.0)
     w, v = scipy.linalg.eigh(scipy.linalg.sqrtm(c @ c).real)  # |C|
-    positive = (v * np.maximum(w, 0.1)) @ v.T / 0.3
+    positive = (v * np.maximum(w, 1.0)) @ v.T * np.outer(size, size)
     slope = np.array([float(a @ a) for a in parts])
-    expected = np.maximum(scipy.linalg.solve(positive, slope / size) / size, 0.0)
-    optimizer = train(model, [(x, y)], 1)
-    np.testing.assert_allclose(list(optimizer.rates.values()), expected, rtol=1e-7)
+    given = {} if regularization == "cubic" else dict(PAPER_BUT_ABSOLUTE)
+    rates = np.array(list(train(model, [(x, y)], 1, regularization=regularization, **given).rates.values())) / SHARE
+    if regularization is None:
+        return np.testing.assert_allclose(rates, scipy.linalg.solve(positive, slope), rtol=1e-7)
+    third = [ho.taylor_terms(ho.Problem(network(), [(x, y)], F.cross_entropy), 3, direction=d)[2] for d in named(parts)]
+    r = np.abs(np.array(third, float)) ** (2 / 3)
+    sigma = 0.5 * np.sqrt((r * rates**2).sum())  # lambda / 2 |D eta|
+    assert sigma * (r / size**2).max() > 1e-2  # it matters here
+    np.testing.assert_allclose((positive + sigma * np.diag(r)) @ rates, slope, rtol=1e-6)
+
+
+PAPER_BUT_ABSOLUTE = {"curvature": "absolute", "backtracking": 0}
+
+
+def named(parts: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Flat directions as mappings by the names of the network's parameters."""
+    shapes = {n: p.shape for n, p in network().named_parameters()}
+    sizes = [s.numel() for s in shapes.values()]
+    return [{n: t.view(s) for (n, s), t in zip(shapes.items(), u.split(sizes), strict=True)} for u in parts]
 
 
 matrices = hnp.arrays(float, (5, 5), elements=st.floats(-1, 1, allow_subnormal=False))
 
 
 @given(matrices, hnp.arrays(float, 5, elements=st.floats(0.01, 1)), hnp.arrays(float, 5, elements=st.floats(-3, 3)))
-def test_absolute_rates_go_down_and_no_scale_matters(a, slope, exponent):
+def test_the_absolute_curvature_is_positive_and_no_scale_matters(a, slope, exponent):
     h = (a + a.T) / 2 + np.diag(np.where(np.diag(a) < 0, -0.1, 0.1))
     groups = system_of({"D1": slope, "D2": h}, np.ones(5), 2.0**-52)
-    eta = absolute(groups, {"D1": slope, "D2": h}, 1.0)
-    assert slope @ eta > 0
+    size = groups.scale
+    positive = absolute(groups, h)
+    w = scipy.linalg.eigvalsh(positive / np.outer(size, size))
+    assert w.min() > FLOOR * (1 - 1e-9)
     c = 10.0**exponent
     scaled = {"D1": slope * c, "D2": h * np.outer(c, c)}
-    again = absolute(system_of(scaled, c, 2.0**-52), scaled, 1.0)
-    np.testing.assert_allclose(again * c, eta, rtol=1e-7, atol=1e-9 * np.abs(eta).max())
+    again = absolute(system_of(scaled, c, 2.0**-52), scaled["D2"])
+    np.testing.assert_allclose(again / np.outer(c, c) / np.outer(size, size), positive / np.outer(size, size), atol=1e-7)
 
 
 @pytest.mark.parametrize("direction", ["momentum", "adam", "gradient"])
-def test_slopes_of_the_step_are_those_of_its_own_batch(direction):
+def test_slopes_of_the_steps_are_averaged_in_units_of_the_direction(direction):
     model, data = network(), [batch(12, seed) for seed in range(4)]
-    optimizer = SummaryNewton(ho.Problem(model, data[:1], F.cross_entropy), direction=direction, period=1)
+    optimizer = SummaryNewton(ho.Problem(model, data[:1], F.cross_entropy), direction=direction, period=3)
     kept = {n: [] for n, _ in model.named_parameters()}
     for x, y in data:
         optimizer.zero_grad()
@@ -144,15 +163,19 @@ def test_slopes_of_the_step_are_those_of_its_own_batch(direction):
         for n, p in model.named_parameters():
             kept[n].append(p.grad.clone())
         optimizer.step()
-    assert min(optimizer.rates.values()) >= 0
-    weights = 0.1 * 0.9 ** torch.arange(3, -1, -1, dtype=torch.float64)
-    squares = 0.001 * 0.999 ** torch.arange(3, -1, -1, dtype=torch.float64)
+    assert min(optimizer.last_slopes) >= 0
     for i, gs in enumerate(kept.values()):
-        g = torch.stack(gs)
-        m = torch.tensordot(weights, g, 1) / weights.sum()
-        v = torch.tensordot(squares, g**2, 1) / squares.sum()
-        u = {"momentum": m, "adam": m / (v.sqrt() + 1e-8), "gradient": g[-1]}[direction]
-        np.testing.assert_allclose(optimizer.last_slopes[i], max(float((g[-1] * u).sum()), 0.0), rtol=1e-9)
+        slopes = []
+        for k in range(1, 5):
+            weights = 0.1 * 0.9 ** torch.arange(k - 1, -1, -1, dtype=torch.float64)
+            squares = 0.001 * 0.999 ** torch.arange(k - 1, -1, -1, dtype=torch.float64)
+            g = torch.stack(gs[:k])
+            m = torch.tensordot(weights, g, 1) / weights.sum()
+            v = torch.tensordot(squares, g**2, 1) / squares.sum()
+            u = {"momentum": m, "adam": m / (v.sqrt() + 1e-8), "gradient": g[-1]}[direction]
+            slopes.append(float((g[-1] * u).sum() / u.norm()))
+        expected = max(float(weights.numpy() @ slopes / weights.sum()) * float(u.norm()), 0.0)
+        np.testing.assert_allclose(optimizer.last_slopes[i], expected, rtol=1e-9)
 
 
 class Scaled(nn.Module):
@@ -171,7 +194,8 @@ class Scaled(nn.Module):
 OPTIONS = [
     {},
     {"slope": "measured", "average": 0.5, "batches": 2, "trust": 1.0},
-    {"regularization": "cubic"},
+    {"regularization": "cubic", "curvature": "signed", "direction": "gradient", "slope": "measured"},
+    {"regularization": None, "curvature": "absolute"},
     {"regularization": "r", "epsilon": 0.7},
     {"regularization": "ridge", "negative": "clip"},
     {"regularization": "cubic", "average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
@@ -238,7 +262,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_named():
 
 def test_a_saved_optimizer_goes_on_as_if_it_had_not_been():
     data = [batch(12, seed) for seed in range(5)]
-    options = {"direction": "momentum", "average": 0.5, "period": 3, "rates_momentum": 0.2}
+    options = {"average": 0.5, "period": 3, "rates_momentum": 0.2}
 
     def steps(model, optimizer, which):
         for i in which:
@@ -340,8 +364,8 @@ def test_training_does_not_touch_the_random_state():
         ({"direction": "nesterov"}, "no direction 'nesterov'"),
         ({"regularization": "cubik"}, "did you mean 'cubic'"),
         ({"epsilon": -1.0}, "epsilon must be positive"),
-        ({"slope": "mesured"}, "slope is one of 'measured', 'step'"),
-        ({"regularization": "absolute", "epsilon": 0.0}, "epsilon must be positive"),
+        ({"slope": "mesured"}, "slope is one of 'measured', 'steps'"),
+        ({"curvature": "positive"}, "curvature is one of 'signed', 'absolute'"),
         ({"trust": 1.0}, "batches=2 or more"),
         ({"partition": "canonicle"}, "canonical"),
     ],
