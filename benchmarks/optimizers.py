@@ -297,9 +297,9 @@ def gather() -> xr.Dataset:
             **{k: ("run", [r[k] for r in results]) for k in ("setting", "seed")},
         },
         attrs={
-            "torch_version": torch.__version__,
+            "torch_version": str(torch.__version__),
             "tuned_on": TUNED_ON,
-            "seeds": SEEDS,
+            "seeds": list(SEEDS),
             "torch_threads": 1,
             "creation_library_version": ho.__version__,
         },
@@ -372,7 +372,7 @@ def main() -> None:
         return print_cost(options.cost, options.order, options.cycles, options.batch_size)
     if not options.gather:
         runs(options.tasks, options.methods)
-    STUDY.parent.mkdir(exist_ok=True)
+    STUDY.parent.mkdir(parents=True, exist_ok=True)
     ds = gather()
     ds.to_netcdf(STUDY, engine="h5netcdf", encoding={k: {"zlib": True} for k in ds.data_vars})
     print(f"{ds.sizes['run']} runs in {STUDY.relative_to(ROOT)}")

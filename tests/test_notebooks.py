@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import xarray as xr
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +28,29 @@ def test_the_tour_finds_the_step_and_the_learning_rate(tmp_path, monkeypatch):
     assert "broke at step 120" in text
     assert "from 0.05 to 0.5" in text
     assert "engine tangents" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizer_study_says_what_its_runs_show(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    target = tmp_path / "study.ipynb"
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "optimizer_study.ipynb", target, cwd=str(ROOT / "notebooks"), progress_bar=False
+    )
+    with xr.open_dataset(ROOT / "data" / "optimizers" / "study.nc", engine="h5netcdf") as study:
+        last = study.isel(record=-1).load()
+    accuracy = {}
+    for method, setting in (("SummaryNewton", 1.0), ("SGD, momentum 0.9", 0.01)):
+        kept = (last.task == "lenet5-mnist") & (last.method == method) & (last.setting == setting) & (last.seed != 10)
+        found = last.accuracy[kept.values]
+        accuracy[method] = dict(zip(found.seed.values.tolist(), found.values.tolist(), strict=True))
+    ours, sgd = accuracy.values()
+    assert set(ours) == set(sgd) == {0, 1, 2, 20, 21, 22}
+    gap = sum(ours.values()) / 6 - sum(sgd.values()) / 6
+    text = said(target)
+    assert f"SGD {sum(sgd.values()) / 6:.3f}: {100 * gap:+.1f} points" in text
+    assert f"One point below SGD is {'reached' if gap >= -0.01 else 'NOT reached'}." in text
+    assert text.count("loses: ") + text.count("wins: ") == 4
 
 
 def test_notebooks_hold_no_outputs_in_git():  # but for the one that shows the paper again, see test_paper_figures.py

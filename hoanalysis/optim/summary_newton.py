@@ -219,7 +219,9 @@ class SummaryNewton(torch.optim.Optimizer):
             return loss
         lengths = group_norms(u, self.partition)
         if self.slope == "steps":
-            self._slopes = MEMORY * self._slopes + (1 - MEMORY) * self._own_slopes(u) / np.where(lengths > 0, lengths, 1)
+            self._slopes = MEMORY * self._slopes + (1 - MEMORY) * self._own_slopes(u) / np.where(
+                lengths > 0, lengths, 1
+            )
             self._slopes_weight = MEMORY * self._slopes_weight + 1 - MEMORY
         measures = self._steps % self.period == 0 or self._eta is None
         if measures:

@@ -149,7 +149,9 @@ def test_the_absolute_curvature_is_positive_and_no_scale_matters(a, slope, expon
     c = 10.0**exponent
     scaled = {"D1": slope * c, "D2": h * np.outer(c, c)}
     again = absolute(system_of(scaled, c, 2.0**-52), scaled["D2"])
-    np.testing.assert_allclose(again / np.outer(c, c) / np.outer(size, size), positive / np.outer(size, size), atol=1e-7)
+    np.testing.assert_allclose(
+        again / np.outer(c, c) / np.outer(size, size), positive / np.outer(size, size), atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("direction", ["momentum", "adam", "gradient"])
