@@ -10,7 +10,7 @@ from typing import Any
 import ipywidgets as w
 import xarray as xr
 
-from hoanalysis.explorer import pulse, readout
+from hoanalysis.explorer import figures, pulse, readout
 from hoanalysis.explorer.state import GROUPINGS, MATRICES, NO_RUN, PANELS, SCALES, THIS_RUN, Offer, State
 
 #: The picture behind a live explorer is the next output of its cell.
@@ -19,6 +19,9 @@ STYLE = """<style>
 .ho-live .ho-code {white-space: pre-wrap; margin: 4px 0; padding: 6px; background: var(--jp-layout-color2, #f5f5f5)}
 .ho-live .ho-message {color: #b2182b; white-space: pre-wrap}
 .ho-live .widget-html-content {line-height: 1.4}
+.ho-live .widget-toggle-buttons > div {display: flex}
+.ho-live .widget-tab-contents {padding: 4px; overflow: hidden}
+.ho-live .ho-export a {color: var(--jp-content-link-color, #1a0dab); text-decoration: underline}
 .ho-live table {font-size: 12px} .ho-live table th, .ho-live table td {text-align: right; padding: 2px 8px}
 .ho-live table td:first-child, .ho-live table th:first-child {text-align: left}
 .ho-live .jupyter-widgets-disconnected::before {display: none}
@@ -45,8 +48,8 @@ class Controls:
         self.step = w.SelectionSlider(options=_steps(offer), description="checkpoint", style=wide,
                                       layout=w.Layout(width="60%", min_width="320px"))  # fmt: skip
         narrow = {"button_width": "44px", **wide}
-        self.order = w.ToggleButtons(options=_orders(offer), description="order", style=narrow,
-                                     layout=w.Layout(width="210px", flex_flow="row nowrap"))  # fmt: skip
+        inline = w.Layout(display="flex", width="auto", flex_flow="row nowrap", align_items="center")
+        self.order = w.ToggleButtons(options=_orders(offer), description="order", style=narrow, layout=inline)
         self.matrix = chooser("show", _matrices(offer, 2))
         self.slices = [chooser(f"index {d}", [(NONE, "")]) for d in range(3, max([2, *offer.orders]) + 1)]
         self.block = chooser("block", offer.blocks)
@@ -76,6 +79,7 @@ class Controls:
         self.message = w.HTML()
         self.export = w.Button(description="Export", icon="download", tooltip="The figure and the line of code for it")
         self.exported = w.HTML()
+        self.exported.add_class("ho-export")
         self.progress = w.IntProgress(min=0, max=1, layout=w.Layout(width="240px"))
         self.progress_text = w.HTML()
         self.stop = w.Button(description="Stop", icon="stop", layout=w.Layout(width="100px"))
@@ -93,7 +97,8 @@ class Controls:
 
     @staticmethod
     def _image() -> w.Image:
-        return w.Image(format="png", layout=w.Layout(max_width="100%", height="auto"))
+        blank = figures.BLANK  # a browser marks an image of nothing as broken
+        return w.Image(value=blank, format="png", layout=w.Layout(max_width="100%", height="auto", margin="0"))
 
     def _arranged(self, fills: bool) -> w.VBox:
         def row(*children: w.Widget) -> w.HBox:

@@ -4,6 +4,7 @@ more than all the rest, and a slider is waited for.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +25,13 @@ from hoanalysis.analysis.arrays import Array
 from hoanalysis.errors import HoError
 from hoanalysis.explorer.session import TAUS, Session, View, told
 from hoanalysis.explorer.state import State
-from hoanalysis.explorer.words import sentence
+from hoanalysis.explorer.words import nothing, sentence
 from hoanalysis.plots import style
 from hoanalysis.plots.heatmaps import LABELS
 
+BLANK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
+)  # a PNG of one pixel
 DPI = 100
 CELLS = 200  # more rows than this are drawn as blocks, each by its largest entry
 MATRIX, SIDE = (6.6, 5.9), (5.6, 5.0)  # inches
@@ -138,14 +142,14 @@ def matrix(session: Session, view: View, place: Place) -> None:
     assert shown is not None
     title = f"{shown.title[0].upper()}{shown.title[1:]}"
     title += f"\nstep {view.step}" + (f" minus {view.reference}" if view.reference else "")
+    if not np.isfinite(shown.values).any():
+        _say(place, f"{title}\n\n{nothing(view)}")
+        return
     if shown.values.ndim == 1:
         names = {"": replace(shown, title=title)}
         _dots(place, list(names.items()), f"{shown.title} [{style.unit(shown.units)}]", title)
         return
     values, errors, rows, columns, stride = _decimated(shown.values, shown.errors, shown.rows, shown.columns)
-    if not np.isfinite(values).any():
-        _say(place, f"{title}\n\nNothing here is a number: no entry is computed, or no group has an effect.")
-        return
     scale = style.auto_scale(values) if view.state.scale == "auto" else view.state.scale
     norm = style.signed_norm(np.append(values, view.limit or 0.0), scale)
     ax = _square(place, rows, columns)
@@ -270,7 +274,11 @@ def rates(session: Session, view: View, place: Place) -> None:
     """The learning rate of each group with two standard errors, of both checkpoints where two are compared."""
     state = view.state
     how = "no regularization" if state.regularization is None else f"{state.regularization} ({state.epsilon:g})"
-    _dots(place, session.rates(state), "learning rate [no unit], bars: 2 standard errors", f"Learning rates, {how}")
+    series, title = session.rates(state), f"Learning rates, {how}"
+    if not any(np.isfinite(part.values).any() for _, part in series):
+        _say(place, f"{title}\n\n{nothing(view)}")
+        return
+    _dots(place, series, "learning rate [no unit], bars: 2 standard errors", title)
 
 
 def trajectories(session: Session, view: View, place: Place) -> None:
@@ -328,7 +336,8 @@ def _dots(place: Place, series: Sequence[tuple[str, Any]], label: str, title: st
     kept = np.sort(np.argsort(-size, kind="stable")[:ROWS])
     labels = [first.rows[i] for i in kept]
     room = max(map(len, style.texts(labels, NAME)), default=1)
-    ax = place.axes(0.15 + LETTER * room, 0.5, 0.2, 0.35 + LINE * (2 if title.count("\n") else 1) * 0.7)
+    legend = LINE if len(series) > 1 else 0.0
+    ax = place.axes(0.15 + LETTER * room, 0.5, 0.2, 0.35 + LINE * (2 if title.count("\n") else 1) * 0.7 + legend)
     y = np.arange(len(kept))
     _symlog(ax, "x", np.concatenate([part.values for _, part in series]))
     for k, (name, part) in enumerate(series):
@@ -350,9 +359,10 @@ def _dots(place: Place, series: Sequence[tuple[str, Any]], label: str, title: st
     ax.set_xlabel(label, fontsize="small")
     if len(first.rows) > len(kept):
         title += f", the {ROWS} largest of {len(first.rows)}"
-    _light(ax, title)
-    if len(series) > 1:
-        ax.legend(fontsize="x-small", frameon=True, framealpha=0.8, loc="best")
+    _light(ax, title, legend)
+    if legend:
+        ax.legend(fontsize="x-small", frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series),
+                  borderaxespad=0.1)  # fmt: skip
 
 
 def _symlog(ax: Axes, which: str, values: Array) -> None:

@@ -51,6 +51,7 @@ class Explorer:
         self._timers: dict[str, Any] = {}
         self._drawn: dict[str, Any] = {}
         self._display_id = ""
+        self._exported_as: State | None = None
         if filling is not None:
             filling.start()
 
@@ -137,6 +138,8 @@ class Explorer:
             state, offer, _ = self.session.fitted(self._asked)
             self._controls = Controls(state, offer, self.filling is not None)
             self._connect(self._controls)
+            if self.filling is not None:
+                self._controls.progress_of(self.session.ds, self.filling.running, False, "")
             self._show()
         return self._controls
 
@@ -212,6 +215,8 @@ class Explorer:
         for name, image in controls.images.items():
             if name in ("matrix", state.panel) and self._draw(name, state, image) and name == "matrix":
                 self._read_out(view)
+        if self._exported_as != self._asked:
+            controls.exported.value = ""  # a line of another view
         controls.values.value = self.table().to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
         self._later(IDLE, self.keep)
 
@@ -241,7 +246,7 @@ class Explorer:
     def _exported(self) -> None:
         picture, code = self.export()
         assert self._controls is not None
-        data = base64.b64encode(picture).decode()
+        data, self._exported_as = base64.b64encode(picture).decode(), self._asked
         self._controls.exported.value = (
             f"<pre class='ho-code'>{html.escape(code)}</pre>"
             f"<a download='explorer.png' href='data:image/png;base64,{data}'>Save the picture</a>"

@@ -50,10 +50,18 @@ def _strongest(view: View) -> str:
     if found and view.shown.how == SAME:
         return f"Every difference is {SAME}."
     if not found:
-        return "Nothing here is a number: no entry is computed, or no group has an effect."
+        return nothing(view)
     (entry, value, error), *_ = found
-    noun = "largest entry" if view.shown.values.ndim == 1 or entry[0] == entry[1] else "strongest pair"
+    pair = "strongest pair" if len(entry) == 2 else "strongest entry"
+    noun = "largest entry" if view.shown.values.ndim == 1 or entry[0] == entry[1] else pair
     return f"The {noun} is {entry_name(entry)}: {number(value, error)}."
+
+
+def nothing(view: View) -> str:
+    """Why no entry of what is shown is a number."""
+    if view.loss is None or not np.isfinite(view.loss[0]):
+        return "This checkpoint is not computed."
+    return "Nothing here is a number: no entry is computed, or no group has an effect."
 
 
 def _unsettled(view: View) -> str:

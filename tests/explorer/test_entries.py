@@ -58,7 +58,7 @@ def test_the_strongest_of_a_slice_and_those_that_are_offered_have_theirs(ds):
         for text, entry in offered:
             assert text == f"{entry_name(entry)}: {words.number(*expected[entry_name(entry)])}"
         strongest = max((e for e in entries if e[0] != e[1]), key=lambda e: abs(stored(ds, e)[0]))
-        said = re.search(r"The strongest pair is (.*?)\. ", explorer.sentence).group(1)
+        said = re.search(r"The strongest entry is (.*?)\. ", explorer.sentence).group(1)
         assert said == f"{entry_name(strongest)}: {words.number(*stored(ds, strongest))}"
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import hoanalysis as ho
 from hoanalysis.analysis.example import example
+from hoanalysis.explorer import figures
 from tests.explorer.test_views import colours
 from tests.test_summaries import make_problem
 
@@ -59,7 +60,8 @@ def test_a_picture_that_nothing_changed_is_not_drawn_again(explorer):
     before = controls.images["matrix"].value
     controls.panel.selected_index = 1
     assert controls.images["matrix"].value is before
-    assert controls.images["trajectories"].value
+    assert controls.images["trajectories"].value != figures.BLANK
+    assert controls.images["taylor"].value == figures.BLANK  # drawn when it is looked at
     assert explorer.state["panel"] == "trajectories"
 
 
@@ -183,7 +185,8 @@ def test_the_background_fills_the_store_with_what_summarize_run_computes(run, tm
 def test_partial_results_are_shown_stopped_and_gone_on_with(run, tmp_path):
     explorer = ho.explore(slow_problem(0.05), run, 2, store=tmp_path / "store", keep_batches=4)
     controls, filling = explorer.controls, explorer.filling
-    assert "0 of 3 checkpoints" in controls.progress_text.value or controls.progress_text.value == ""
+    assert controls.progress_text.value == "0 of 3 checkpoints, computing"
+    assert "This checkpoint is not computed." in controls.sentence.value
     wait_for(lambda: (explorer.poll(), controls.progress.value >= 1)[1])
     assert filling.running
     assert np.isfinite(explorer.session.ds.D2.values).any()
