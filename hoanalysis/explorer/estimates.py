@@ -125,7 +125,7 @@ class Checkpoint:
         require(self.one, name)
         members = [self.groups[g] for g in at]
         values = self._cut(tensor(self.one, name), members)
-        blocks = self._blocks_of_slice(name, members)
+        blocks = self._blocks_of_slice(name, members, ["D1", "D2", SLICE] if scale_free else [SLICE])
         words = " x ".join(at)
         if scale_free:
             groups, place = system(self.light), [self.labels.index(g) for g in at]
@@ -214,17 +214,14 @@ class Checkpoint:
                 values = np.stack([values.take(m, axis).sum(axis) for m in self.groups.values()], axis)
         return values
 
-    def _blocks_of_slice(self, name: str, members: Sequence[list[int]]) -> Blocks | None:
-        stored = schema.blocks_of(name)
-        rest = kept_blocks(self.light, ["D1", "D2"])
-        if stored not in self.one or rest is None:
+    def _blocks_of_slice(self, name: str, members: Sequence[list[int]], names: Sequence[str]) -> Blocks | None:
+        """The kept blocks of what the slice is computed from: those that are filled in all of ``names``."""
+        if (stored := schema.blocks_of(name)) not in self.one:
             return None
         cut = self._cut(tensor(self.one, stored), members, lead=1)
-        weight = tensor(self.one, schema.WEIGHT)
-        filled = np.isfinite(weight) & (weight > 0) & np.isfinite(cut).all(axis=(1, 2))
-        if filled.sum() != len(rest):
-            return None
-        return Blocks({"D2": rest.sums["D2"], SLICE: cut[filled]}, weight[filled])
+        return kept_blocks(
+            self.light.assign({schema.blocks_of(SLICE): ((schema.BATCH, *schema.group_dims(2)), cut)}), names
+        )
 
 
 def difference(a: Estimate, b: Estimate, one: xr.Dataset, other: xr.Dataset) -> Shown:

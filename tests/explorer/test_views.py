@@ -118,6 +118,20 @@ def test_differences_of_other_data_add_their_errors_in_squares(ds):
     assert_allclose(shown.errors, np.hypot(ds.D2_se[0], other.D2_se[0]))
 
 
+def test_differences_of_the_same_data_in_blocks_of_other_weights_are_not_paired(ds):
+    """As many blocks with other weights are other blocks."""
+    ds = ds.assign_attrs(provenance=json.dumps({"data": "the same"}))
+    weight = ds.weight.values.copy()
+    weight[:, :2] = weight[:, 1::-1]
+    assert not np.array_equal(weight, ds.weight)
+    other = ds.assign(weight=(ds.weight.dims, weight), D2_se=2 * ds.D2_se)
+    session = Session(ds, {"other": other, "alike": ds})
+    shown = session.view(State(step=0, compare_run="other", compare_step=10)).shown
+    assert shown.how == "independent"
+    assert_allclose(shown.errors, np.hypot(ds.D2_se[0], 2 * ds.D2_se[1]))
+    assert session.view(State(step=0, compare_run="alike", compare_step=10)).shown.how == "paired by block"
+
+
 def test_blocks_are_rows_and_columns_of_their_kinds(ds):
     session, one = Session(ds), ds.sel(step=0)
     assert session.offer(State()).blocks == ("all", "WW", "BB", "WB")
@@ -139,6 +153,15 @@ def test_the_mask_hides_what_two_errors_do_not_tell_from_zero(ds):
 def test_a_shared_scale_ends_at_the_largest_entry_of_the_run(ds):
     limit = Session(ds).view(State(step=0, shared=True)).limit
     assert_allclose(limit, np.abs(ds.D2).max())
+
+
+def test_a_shared_scale_of_a_block_ends_at_the_largest_entry_of_that_block(ds):
+    for block, rows, columns in (("BB", "bias", "bias"), ("WB", "weight", "bias")):
+        part = ds.D2.values[:, ds.kind.values == rows][:, :, ds.kind.values == columns]
+        assert np.abs(part).max() < 0.9 * np.abs(ds.D2.values).max()
+        session = Session(ds)
+        assert_allclose(session.view(State(step=0, shared=True, block=block)).limit, np.abs(part).max())
+        assert_allclose(session.view(State(step=0, shared=True)).limit, np.abs(ds.D2).max())
 
 
 def test_trajectories_are_the_entries_at_every_step(ds):
@@ -295,9 +318,12 @@ def test_w3_a_million_entries_are_decimated_and_the_picture_says_so():
     big = big.assign(D1=("group", rng.normal(size=n)), D2=(("group", "group2"), root @ root.T + np.eye(n)))
     explorer = ho.explore(big)
     values = explorer.view.shown.values
-    small, _, rows, _, k = figures._decimated(values, values * np.nan, names, names)
+    errors = rng.random((n, n))
+    small, own, rows, _, k = figures._decimated(values, errors, names, names)
     assert (k, small.shape, len(rows)) == (5, (200, 200), 200)
-    tile = values[5:10, 10:15]
-    assert small[1, 2] == tile.flat[np.abs(tile).argmax()]
+    for i, j in ((1, 2), (0, 0), (199, 31)):
+        at = (slice(5 * i, 5 * i + 5), slice(5 * j, 5 * j + 5))
+        largest = np.abs(values[at]).argmax()
+        assert (small[i, j], own[i, j]) == (values[at].flat[largest], errors[at].flat[largest])
     figure = explorer.figure()
     assert any("5 × 5" in ax.get_xlabel() for ax in figure.axes)
