@@ -412,7 +412,8 @@ class Problem:
 
     def check_deterministic(self, state: State) -> float:
         """The loss of the first batch, evaluated twice; `ModelError` where it differs, or changes the parameters."""
-        batch = self.cast(self.first_batch(), state.dtype)
+        batch = map_tensors(torch.clone, self.cast(self.first_batch(), state.dtype))  # the call may write to it
+        versions = [t._version for t in tensors_of(batch)]
         copies = {n: p.clone() for n, p in state.parameters.items()}
         values = []
         with keep_random_state(), naming_batch(0), _refusing_broadcast_targets():
@@ -428,6 +429,12 @@ class Problem:
                 do="leave such changes to the training loop",
             )
         if values[0] != values[1] and not all(np.isnan(values)):
+            if versions != [t._version for t in tensors_of(batch)]:
+                raise ModelError(
+                    f"the loss of one batch came out as {values[0]!r} and {values[1]!r}",
+                    why="the model or the loss changes the tensors of the batch in place",
+                    do="let it leave its inputs as they are: x = 2 * x for x *= 2",
+                )
             raise ModelError(
                 f"the loss of one batch came out as {values[0]!r} and {values[1]!r}",
                 why="the model or the loss draws random numbers (dropout, sampling, noise)",

@@ -1,22 +1,26 @@
 """What modules, losses and other objects keep as attributes: what was found out about them holds while it is the same.
 
-Numbers, words, containers of them and objects of the user's classes are told by their content, tensors by their place
-and version, functions and everything else by being the same one. What a function reads from elsewhere (a global name, a
-variable that it closes over) is not seen.
+Numbers, words, arrays, containers of them and objects of the user's classes are told by their content, tensors by
+their place and version, everything else by being the same one. With a function go its defaults, the variables that it
+closes over, and those global names in its code that hold data; what the functions that it calls read is not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-_VALUES = (bool, int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+_VALUES = (bool, int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, np.generic)
+_DATA = (*_VALUES, Tensor, np.ndarray, dict, list, tuple, set, frozenset)
+_NAMES = (types.BuiltinFunctionType, type, types.ModuleType)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -51,10 +55,14 @@ def of_value(value: Any, seen: set[int] | None = None) -> Any:
         return _of_tensor(value)
     if isinstance(value, nn.Module):
         return () if _again(value, seen) else (of_modules(value, seen), *map(_of_tensor, _tensors(value)))
-    if isinstance(value, _FUNCTIONS):
+    if isinstance(value, _NAMES):
         return Same(value)
     if _again(value, seen):
         return ()
+    if isinstance(value, np.ndarray):
+        return _of_array(value, seen)
+    if isinstance(value, types.FunctionType):
+        return Same(value), *(of_value(v, seen) for v in _bound(value))
     if isinstance(value, functools.partial):
         return Same(value.func), of_value(value.args, seen), of_value(value.keywords, seen)
     if isinstance(value, Mapping):
@@ -62,7 +70,7 @@ def of_value(value: Any, seen: set[int] | None = None) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value), tuple(of_value(v, seen) for v in value)
     if isinstance(value, types.MethodType):
-        return Same(value.__func__), of_value(value.__self__, seen)
+        return of_value(value.__func__, seen), of_value(value.__self__, seen)
     if hasattr(value, "__dict__"):
         return Same(value), of_value(vars(value), seen)
     return Same(value)
@@ -70,6 +78,24 @@ def of_value(value: Any, seen: set[int] | None = None) -> Any:
 
 def _of_tensor(t: Tensor) -> tuple[Same, int]:
     return Same(t), t._version
+
+
+def _of_array(a: np.ndarray, seen: set[int]) -> tuple:
+    if a.dtype.hasobject:
+        return a.shape, of_value(a.ravel().tolist(), seen)
+    return a.shape, a.dtype.str, hashlib.blake2b(np.ascontiguousarray(a).view(np.uint8)).digest()
+
+
+def _bound(fn: types.FunctionType) -> Iterator[Any]:
+    """What a function brings along: defaults, the variables that it closes over, and the global data that it names."""
+    yield fn.__defaults__
+    yield fn.__kwdefaults__
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+    for name in fn.__code__.co_names:
+        if isinstance(value := fn.__globals__.get(name, fn), _DATA):
+            yield value
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

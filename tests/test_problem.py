@@ -525,6 +525,20 @@ def test_a_model_that_changes_its_parameters_is_refused_and_not_changed(model, x
     check_untouched(before, model)
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        x *= 2
+        return super().forward(x)
+
+
+def test_a_model_that_changes_its_input_is_refused_with_the_reason_and_the_input_as_it_was():
+    x, y = tensors(5, 4), classes(5)
+    problem, before = Problem(Doubling(4, 3).double(), [(x, y)], F.cross_entropy), x.clone()
+    with pytest.raises(ModelError, match="changes the tensors of the batch in place"):
+        problem.check_deterministic(problem.state())
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
 # ---- the data ---------------------------------------------------------------------------------------------------
 
 BATCHES = [(tensors(3, 4, seed=i), classes(3, i)) for i in range(4)]

@@ -2,7 +2,9 @@
 
 import functools
 import pickle
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,15 +20,36 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
         self.act, self.options, self.factors = torch.tanh, {"k": 1.0}, [1.0]
+        self.array = np.ones(5)
 
     def forward(self, x):
-        return self.last(self.act(self.first(x)) * self.options["k"] * self.factors[0])
+        h = self.act(self.first(x)) * self.options["k"] * self.factors[0]
+        return self.last(h * torch.from_numpy(self.array))
 
 
 def twice(module, inputs, output):
     return 2 * output
 
 
+def closing_over(held):
+    def loss(output, target):
+        return F.cross_entropy(output * float(np.asarray(held["k"]).sum()), target)
+
+    return loss
+
+
+def with_default(output, target, factors=(1.0,)):
+    return F.cross_entropy(factors[0] * output, target)
+
+
+GLOBAL = {"k": 1.0}
+
+
+def of_a_global(output, target):
+    return F.cross_entropy(GLOBAL["k"] * output, target)
+
+
+HELD, HELD_ARRAY = {"k": 1.0}, {"k": np.ones(2)}
 WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
 CHANGES = {
     "a function": (F.cross_entropy, lambda m, loss: setattr(m, "act", torch.sin)),
@@ -38,6 +61,14 @@ CHANGES = {
         lambda m, loss: loss.keywords.update(label_smoothing=0.5),
     ),
     "an option of a loss": (nn.CrossEntropyLoss(), lambda m, loss: setattr(loss, "label_smoothing", 0.3)),
+    "an entry of an array": (F.cross_entropy, lambda m, loss: m.array.__setitem__(slice(0, 3), 2.0)),
+    "what a loss closes over": (closing_over(HELD), lambda m, loss: HELD.update(k=HELD["k"] + 1)),
+    "an array that a loss closes over": (
+        closing_over(HELD_ARRAY),
+        lambda m, loss: HELD_ARRAY["k"].__setitem__(0, HELD_ARRAY["k"][0] + 2),
+    ),
+    "a default": (with_default, lambda m, loss: setattr(loss, "__defaults__", ((loss.__defaults__[0][0] + 1,),))),
+    "a global name": (of_a_global, lambda m, loss: GLOBAL.update(k=GLOBAL["k"] + 1)),
     "a tensor of a loss": (nn.CrossEntropyLoss(weight=WEIGHT), lambda m, loss: setattr(loss, "weight", 3 * WEIGHT**2)),
 }
 
@@ -47,7 +78,7 @@ CHANGES = {
 def test_after_a_change_the_new_derivatives(name, self_check):
     torch.manual_seed(0)
     model, (loss, change) = Net().double(), CHANGES[name]
-    loss = pickle.loads(pickle.dumps(loss))
+    loss = loss if isinstance(loss, types.FunctionType) else pickle.loads(pickle.dumps(loss))
     problem = ho.Problem(model, [(torch.randn(20, 4).double(), torch.arange(20) % 3)], loss)
     u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
 
@@ -68,10 +99,13 @@ def test_after_a_change_the_new_derivatives(name, self_check):
 
 def test_a_change_that_nothing_tells_is_captured_anew_when_it_is_checked():
     torch.manual_seed(0)
-    model, scale = nn.Linear(3, 2).double(), [1.0]
+    model = nn.Linear(3, 2).double()
+
+    class Elsewhere:
+        scale = 1.0
 
     def loss(output, target):
-        return F.cross_entropy(scale[0] * output, target)
+        return F.cross_entropy(Elsewhere.scale * output, target)
 
     data = [(torch.randn(9, 3).double(), torch.arange(9) % 2)]
     u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
@@ -81,9 +115,19 @@ def test_a_change_that_nothing_tells_is_captured_anew_when_it_is_checked():
 
     problem = ho.Problem(model, data, loss, batch_size=lambda batch: len(batch[1]))
     d2(problem, "tangents")
-    scale[0] = 3.0
+    settings = problem.settings()
+    Elsewhere.scale = 3.0
+    assert problem.settings() == settings
     fresh = ho.Problem(model, data, loss, batch_size=lambda batch: len(batch[1]))
     torch.testing.assert_close(d2(problem, "tangents"), d2(fresh, "nested"), rtol=1e-10, atol=1e-12)
+
+
+def test_graphs_of_settings_that_are_gone_are_not_kept():
+    problem = ho.Problem(nn.Linear(4, 3), [(torch.randn(6, 4), torch.arange(6) % 3)], closing_over(held := {"k": 1}))
+    for k in range(1, 4):
+        held["k"] = k
+        ho.summarize(problem, 1, engine="tangents", progress=False)
+    assert len(problem.cache["programs"]) == 1
 
 
 def test_a_shared_configuration_and_a_loop_are_read_once():

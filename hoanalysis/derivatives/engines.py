@@ -121,10 +121,12 @@ class Tangents(Engine):
     def __init__(self, task: Task, check_all: bool = True) -> None:
         super().__init__(task)
         self.check_all = check_all
-        self._settings = task.problem.settings()
-        self.programs: dict[Hashable, list[Program]] = task.problem.cache.setdefault("programs", {})
+        self._settings, cache = task.problem.settings(), task.problem.cache
+        if cache.get("settings of programs") != self._settings:  # those of other settings are not kept
+            cache.update({"settings of programs": self._settings, "programs": {}, "checked programs": set()})
+        self.programs: dict[Hashable, list[Program]] = cache["programs"]
         self._fresh: set[Program] = set()
-        self._checked: set[Hashable] = task.problem.cache.setdefault("checked programs", set())
+        self._checked: set[Hashable] = cache["checked programs"]
 
     def affordable(self, batch: Batch) -> int:
         """The budget over the predicted peak of a few samples: memory grows with the samples, but for the weights."""

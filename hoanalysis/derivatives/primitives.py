@@ -159,7 +159,21 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
+        nothing = (scores == -torch.inf).all(
+            -1, keepdim=True
+        )  # rows masked in full: zeros, as torch's own kernels give
+        return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0) @ value
     return scores.softmax(-1) @ value
+
+
+def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+    """x / max(|x|, eps). The norm has a kink at zero that the maximum hides, where torch's second derivative is NaN."""
+    if p != 2 or out is not None:
+        return F.normalize(input, p, dim, eps, out)
+    square = input.square().sum(dim, keepdim=True)
+    zero = square == 0
+    norm = square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+    return input / norm.clamp_min(eps)
 
 
 def embedding_bag(
@@ -204,6 +218,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
         x, mean, var, w, b, use, momentum, eps
     ),
     F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.normalize: normalize,
     torch._weight_norm: weight_norm,
     F.embedding_bag: embedding_bag,
 }

@@ -62,14 +62,22 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     scores = torch.einsum("...qd,...kd->...qk", q, k) / math.sqrt(q.shape[-1])
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    e = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    return torch.einsum("...qk,...kd->...qd", e / e.sum(-1, keepdim=True), v)
+    if attn_mask is None:
+        e = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+        return torch.einsum("...qk,...kd->...qd", e / e.sum(-1, keepdim=True), v)
+    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+    scores = scores if attn_mask.dtype == torch.bool else scores + attn_mask.where(allowed, 0.0)
+    e = scores.exp() * allowed
+    return torch.einsum("...qk,...kd->...qd", e / e.sum(-1, keepdim=True).where(allowed.any(-1, keepdim=True), 1.0), v)
 
 
 def _mse(x, y, size_average=None, reduce=None, reduction="mean", weight=None):
     return ((x - y) * (x - y)).mean()
+
+
+def _normalize(x, p=2.0, dim=1, eps=1e-12, out=None):
+    zero = (x == 0).all(dim, keepdim=True)  # moving a zero vector is moving 0 / eps; here none of them moves
+    return x / torch.where(zero, 1.0, (torch.where(zero, 1.0, x) ** 2).sum(dim, keepdim=True).sqrt())
 
 
 class Primitives(TorchFunctionMode):
@@ -84,6 +92,7 @@ class Primitives(TorchFunctionMode):
         F.embedding_bag: lambda index, weight, *_, **__: weight[index].sum(1),
         F.scaled_dot_product_attention: _attention,
         F.mse_loss: _mse,
+        F.normalize: _normalize,
     }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -181,6 +190,49 @@ class CrossAttention(nn.Module):
         return self.head(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2).mean(1))
 
 
+class Masked(nn.Module):
+    """Attention with a mask that leaves some positions nothing to look at, of words or of numbers that are added."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 5)
+        allowed = torch.rand(9, 9) > 0.3
+        allowed[[0, 1, 2, 3, 6]] = False
+        allowed[:, 4] = False
+        mask = torch.randn(9, 9).masked_fill(~allowed, -math.inf) if added else allowed
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.head(y.transpose(1, 2).flatten(2).sum(1))
+
+
+class Gated(nn.Module):
+    """Attention whose queries, keys and values are each used once more, between the scores and the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT
+        gates = torch.sigmoid(q) + torch.tanh(k) * torch.cos(v)
+        return self.head((gates * (scores.softmax(-1) @ v)).transpose(1, 2).flatten(2).sum(1))
+
+
+class Directions(nn.Module):
+    """Only the directions of hidden vectors count, some of which are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.normalize(self.first(x) * (torch.arange(len(x)) % 3 > 0)[:, None], dim=-1))
+
+
 class Autoencoder(nn.Module):
     """Convolutions down, transposed convolutions up."""
 
@@ -264,6 +316,14 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
     "cross attention": lambda: Case(
         CrossAttention(), (torch.randn(3, 2, 7, 4), torch.randint(0, 5, (3,))), F.cross_entropy
     ),
+    "masked in full": lambda: Case(
+        Masked(added=False), (torch.randn(3, 9, 4), torch.randint(0, 5, (3,))), F.cross_entropy
+    ),
+    "masked in full, added": lambda: Case(
+        Masked(added=True), (torch.randn(3, 9, 4), torch.randint(0, 5, (3,))), F.cross_entropy
+    ),
+    "gated attention": lambda: Case(Gated(), (torch.randn(3, 7, 4), torch.randint(0, 5, (3,))), F.cross_entropy),
+    "directions": lambda: Case(Directions(), (torch.randn(7, 4), torch.randint(0, 5, (7,))), F.cross_entropy),
     "autoencoder": _autoencoder,
     "tied": lambda: Case(Tied(), (torch.randn(4, 5), torch.randn(4, 5)), F.mse_loss),
     "group norm": lambda: Case(
@@ -288,7 +348,13 @@ def _log_softmax_nll(x: Tensor, y: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(x, 1), y, weight=_WEIGHT)
 
 
+def _over_a_count(x: Tensor, y: Tensor) -> Tensor:
+    kept = y != -100
+    return (F.cross_entropy(x, y, reduction="none") * kept).sum() / kept.sum()
+
+
 LOSSES: dict[str, tuple[Callable, Callable[[], Tensor]]] = {
+    "over a count": (_over_a_count, lambda: _classes(True)),
     "ignore_index": (F.cross_entropy, lambda: _classes(True)),
     "class weights": (functools.partial(F.cross_entropy, weight=_WEIGHT), _classes),
     "label smoothing": (functools.partial(F.cross_entropy, label_smoothing=0.2), lambda: _classes(True)),

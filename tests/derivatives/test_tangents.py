@@ -54,7 +54,9 @@ def test_architectures(name):
 
 @pytest.mark.parametrize("tile", [2**20, 800])
 @pytest.mark.parametrize("kind", ["canonical", "layer", "split"])
-@pytest.mark.parametrize("name", ["vit", "gpt tied", "cross attention"])
+@pytest.mark.parametrize(
+    "name", ["vit", "gpt tied", "cross attention", "gated attention", "masked in full", "masked in full, added"]
+)
 def test_attention_tile_by_tile(name, kind, tile, monkeypatch):
     """Taken together whatever its size, in one tile a head and in several, with groups in any order."""
     calls, stream = [], attention.stream

@@ -177,8 +177,8 @@ def _tiles(p: Tensor, height: int) -> list[tuple[int, int, int, int]]:
     found = []
     for start in range(0, len(used), height):
         stop = min(len(used), start + height)
-        columns = used[start:stop].any(0).nonzero()
-        found.append((start, stop, int(columns[0]), int(columns[-1]) + 1))
+        columns = used[start:stop].any(0).nonzero().flatten().tolist() or [0]  # all masked: one column of zeros
+        found.append((start, stop, columns[0], columns[-1] + 1))
     return found
 
 

@@ -112,7 +112,10 @@ def vector_norm(b: Any, x: Any, ord: float = 2, axes: Any = None, keepdim: bool 
         return b(aten.sum.dim_IntList, b(aten.abs.default, x), axes, keepdim)
     if ord != 2:
         return None
-    return b(aten.sqrt.default, b(aten.sum.dim_IntList, b(aten.square.default, x), axes, keepdim))
+    square = b(aten.sum.dim_IntList, b(aten.square.default, x), axes, keepdim)
+    zero, one = (b.constant(b.value(square).new_full((), c)) for c in (0.0, 1.0))
+    at_zero = b(aten.eq.Scalar, b(aten.detach.default, square), 0)  # its kink, with derivatives 0 as torch's first
+    return b(aten.where.self, at_zero, zero, b(aten.sqrt.default, b(aten.where.self, at_zero, one, square)))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ def attention(
         scores = b(aten.add.Tensor, scores, b(aten.where.self, mask, zeros, minus))
     elif mask is not None:
         scores = b(aten.add.Tensor, scores, mask)
-    return b(aten.matmul.default, b(aten.softmax.int, scores, -1), v)
+    softmax = aten.softmax.int if mask is None else aten._safe_softmax.default  # 0 in rows that are masked in full
+    return b(aten.matmul.default, b(softmax, scores, -1), v)
 
 
 @decomposition(aten.repeat_interleave.self_int)
@@ -254,6 +258,9 @@ def bce_with_logits(b: Any, x: Any, y: Any, weight: Any = None, pos_weight: Any 
 def _divide(b: Any, x: Any, y: Any) -> Any:
     if not hasattr(b.value(y), "shape"):
         return b(aten.div.Scalar, x, y)
+    dtype = torch.result_type(b.value(x), b.value(y))
+    if b.value(y).dtype != dtype and dtype.is_floating_point:  # counts, say: 1/y would be of the default dtype
+        y = b(aten._to_copy.default, y, dtype=dtype)
     return b(aten.mul.Tensor, x, b(aten.reciprocal.default, y))
 
 
@@ -552,18 +559,3 @@ def dropout(b: Any, x: Any, p: float, train: bool) -> Any:
     if train and p > 0:
         raise TangentsUnsupported("dropout is active")
     return x
-
-
-def _extreme(argument: Callable) -> Callable:
-    def f(b: Any, x: Any, axis: int, keepdim: bool = False) -> Any:
-        index = b(argument, x, axis, True)
-        value = b(aten.gather.default, x, axis, index)
-        if keepdim:
-            return value, index
-        return b(aten.squeeze.dim, value, axis), b(aten.squeeze.dim, index, axis)
-
-    return f
-
-
-DECOMPOSITIONS[aten.max.dim] = _extreme(aten.argmax.default)
-DECOMPOSITIONS[aten.min.dim] = _extreme(aten.argmin.default)

@@ -148,6 +148,9 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
     groups = active(graph, {i: leaf.groups for i, leaf in leaves.items()})
     together = {a.output.index: a for a in tiled_attentions(graph, groups)} if lam else {}
     inner = {n.index for a in together.values() for n in a.inner}
+    last = list(graph.last_live_use)
+    for i, source in ((i, source) for i, a in together.items() for source in a.sources):
+        last[source] = max(last[source], i)  # q and k are used where the output is, after all that lies between
     for n in graph.live_nodes():
         if n.index in inner:
             continue
@@ -156,7 +159,7 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
             if second is not None and n.feeds_curved:
                 bent[n.index] = second
             for i in a.sources:
-                if graph.last_live_use[i] in (a.scores.index, n.index):
+                if last[i] == n.index:
                     T.pop(i, None)
                     bent.pop(i, None)
             continue
@@ -174,7 +177,7 @@ def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mappi
         rule.release()
         del tangents
         for i in set(n.sources.values()):
-            if graph.last_live_use[i] == n.index:
+            if last[i] == n.index:
                 T.pop(i, None)
                 bent.pop(i, None)
     _first(graph, T, sums)

@@ -88,9 +88,9 @@ class _Moments(Local):
         return 0.0
 
 
-@rule(aten.softmax.int, aten._softmax.default)
+@rule(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 class Softmax(_Moments):
-    """p = softmax(x) along one axis. Masked entries have p = 0 and drop out."""
+    """p = softmax(x) along one axis. Masked entries have p = 0 and drop out; so does, of the safe form, a whole row."""
 
     def __init__(self, op: Callable, args: tuple, kwargs: dict[str, Any], keys: tuple, order: int) -> None:
         super().__init__(op, args, kwargs, keys, order)
