@@ -12,7 +12,9 @@ from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import BRANCHES as BRANCHES_KEPT
 from hoanalysis.derivatives.engines import Tangents, Task
 from hoanalysis.derivatives.tangents import OtherBranch, TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.tangents.rules import base, scalar
 from hoanalysis.derivatives.tangents.rules.linear import _largest_of_four
+from hoanalysis.errors import ModelError
 from hoanalysis.models import MLP
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
@@ -420,3 +422,59 @@ def test_poolings_of_all_kinds(options):
     first, second, third = nested(problem, state, u, partition, case.batch, c := torch.randn(len(partition)))
     for got, expected in ((result.tensors[1], first), (result.tensors[2], second), (result.tensors[3] @ c, third)):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+
+
+# ---- teaching it an op ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cube():
+    """x^3 as an op of another library: its kernel is NumPy's, and it has a first derivative alone."""
+    with torch.library._scoped_library("hoanalysis_tests", "FRAGMENT") as library:
+        name = "hoanalysis_tests::cube"
+
+        @torch.library.custom_op(name, mutates_args=())
+        def cube(x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(x.detach().numpy() ** 3)
+
+        cube.register_fake(torch.empty_like)
+
+        def backward(ctx, g):
+            return g * torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2)
+
+        cube.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+        yield torch.ops.hoanalysis_tests.cube.default
+        del library
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_an_op_is_taught_by_one_registered_class(cube, taught, monkeypatch):
+    """Its rule gives what torch does not know; without one the missing derivatives are noticed."""
+    monkeypatch.setattr(base, "_RULES", dict(base._RULES))
+    if taught:
+
+        @base.rule(cube)
+        class Cube(scalar.Scalar):
+            """x^3, with derivatives 3 x^2, 6 x and 6."""
+
+            def __init__(self, op, args, kwargs, keys, order):
+                x = args[0]
+                self.value, self.d = op(x), [3 * x**2, 6 * x, torch.full_like(x, 6)]
+
+    model, written = Net(cube), Net(lambda x: x * x * x)
+    written.load_state_dict(model.state_dict())
+    batch = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
+    ours, theirs = (Problem(m, [batch], F.cross_entropy) for m in (model, written))
+    u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+
+    def summary(problem, engine):
+        return ho.summarize(problem, 3, direction=u, engine=engine, self_check=False, progress=False)
+
+    if not taught:
+        with pytest.raises(ModelError, match="cube"):
+            summary(ours, "tangents")
+        return
+    found, expected = summary(ours, "tangents"), summary(theirs, "nested")
+    assert "hoanalysis_tests.cube.default" in capture(ours, ours.state(), batch).description()["scalar"]
+    for d in ("D1", "D2", "D3"):
+        np.testing.assert_allclose(found[d], expected[d], rtol=1e-10, atol=1e-12 * float(abs(expected[d]).max()))

@@ -6,7 +6,8 @@ norms and attention never come here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,15 +39,24 @@ class Generic(Local):
         args, kwargs = replaced(self.args, self.kwargs, dict(zip(self.keys, x, strict=True)))
         return self.op(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def _naming_the_op(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.op} has no rule, and torch cannot differentiate it: {error}") from error
+
     def push(self, key: Key, stack: Tensor) -> Tensor:
         i = self.keys.index(key)
         zeros = [torch.zeros_like(x) for x in self.x]
-        return vmap(lambda t: jvp(self.f, self.x, (*zeros[:i], t, *zeros[i + 1 :]))[1])(stack)
+        with self._naming_the_op():
+            return vmap(lambda t: jvp(self.f, self.x, (*zeros[:i], t, *zeros[i + 1 :]))[1])(stack)
 
     def pull(self, key: Key, stack: Tensor) -> Tensor:
         i = self.keys.index(key)
-        back = vjp(self.f, *self.x)[1]
-        return vmap(lambda y: back(y)[i])(stack)
+        with self._naming_the_op():
+            back = vjp(self.f, *self.x)[1]
+            return vmap(lambda y: back(y)[i])(stack)
 
     def _aligned(self, tangents: Stacks, wanted: Groups | None = None) -> tuple[Groups, tuple[Tensor, ...]]:
         """One stack per live input over the same groups, zero where an input has none."""
@@ -67,7 +77,8 @@ class Generic(Local):
 
     def _hessian_rows(self, lam: Tensor, T: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """lam . phi''[T_s, .] for every row of the stacks T."""
-        return vmap(lambda *t: jvp(self._gradient(lam), self.x, t)[1])(*T)
+        with self._naming_the_op():
+            return vmap(lambda *t: jvp(self._gradient(lam), self.x, t)[1])(*T)
 
     def second(self, sums: Sums, lam: Tensor, tangents: Stacks) -> None:
         groups, T = self._aligned(tangents)
@@ -81,7 +92,8 @@ class Generic(Local):
             return lambda *x: jvp(self._gradient(lam), x, u)[1]
 
         m = len(self.x)
-        return vmap(lambda *uv: jvp(along(uv[:m]), self.x, uv[m:])[1])(*U, *V)
+        with self._naming_the_op():
+            return vmap(lambda *uv: jvp(along(uv[:m]), self.x, uv[m:])[1])(*U, *V)
 
     def third(self, sums: Sums, lam: Tensor, lamT: Stack | None, tangents: Stacks) -> None:
         groups, T = self._aligned(tangents)
@@ -104,7 +116,8 @@ class Generic(Local):
 
     def bend(self, tangents: Stacks) -> Stack:
         groups, T = self._aligned(tangents)
-        return Stack(groups, vmap(lambda *t: jvp(lambda *x: jvp(self.f, x, t)[1], self.x, t)[1])(*T))
+        with self._naming_the_op():
+            return Stack(groups, vmap(lambda *t: jvp(lambda *x: jvp(self.f, x, t)[1], self.x, t)[1])(*T))
 
     def diagonal(self, sums: Sums, lam: Tensor, tangents: Stacks, bent: Stacks) -> None:
         groups, T = self._aligned(tangents)
