@@ -1,7 +1,7 @@
 """The engines side by side, in units of one gradient of the same batch.
 
     python benchmarks/engines.py                       # all models and engines, table to the terminal
-    python benchmarks/engines.py --model lenet --repeats 9 --out docs/engines
+    python benchmarks/engines.py --model lenet --repeats 9 --out docs/engines   # one model, beside those stored there
 
 Each row is one quantity (D2, D2 with the diagonal of D3, full D3) of one model, each column an engine:
 
@@ -10,8 +10,10 @@ Each row is one quantity (D2, D2 with the diagonal of D3, full D3) of one model,
     curvlinops          U^T H U, with its HessianLinearOperator applied to the S columns U^s
 
 All calls of a model are interleaved in every repeat and medians are taken, so that noise hits them alike.
-An engine whose call takes longer than ``--patience`` seconds is timed once. Where torch's own derivatives are wrong
-(norms, see docs/engine.md) torch.func and curvlinops are timed all the same; their relative error is in the Dataset.
+An engine whose call takes longer than ``--patience`` seconds is timed once. Of nested on D3 of the GPT (3,081 backward
+passes) a few subtrees are computed and compared, and the time is scaled by the number of passes; ``share`` tells.
+Where torch's own derivatives are wrong (norms, see docs/engine.md) torch.func and curvlinops are timed all the same;
+their relative error is in the Dataset.
 With ``--out NAME`` the table is written to NAME.md, the Dataset to NAME.nc and a picture to NAME.png.
 """
 
@@ -24,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +37,11 @@ from torch.func import functional_call, grad, jacfwd
 from torch.utils.flop_counter import FlopCounterMode
 
 import hoanalysis as ho
+from hoanalysis.derivatives import nested
+from hoanalysis.derivatives.common import Request, displaced
+from hoanalysis.derivatives.primitives import primitive_operations
 from hoanalysis.models import GPT, LeNet5, VGG11Prime, cross_entropy_tokens
+from hoanalysis.partitions import Partition
 
 QUANTITIES = ("D2", "D2 + diag D3", "D3")
 ENGINES = ("tangents", "nested", "torch.func", "curvlinops")
@@ -48,6 +55,8 @@ class Workload:
     model: nn.Module
     batch: tuple[Tensor, Tensor]
     loss: Callable
+    quantities: tuple[str, ...] = QUANTITIES
+    subtrees: int | None = None  # of nested on D3, where the whole takes hours
 
     def __post_init__(self) -> None:
         self.problem = ho.Problem(self.model, [self.batch], self.loss, batch_size=lambda batch: len(batch[0]))
@@ -64,6 +73,29 @@ class Workload:
             self.problem, order, diagonal=diagonal, direction=self.u, engine=engine, self_check=False, progress=False
         )
         return {str(k): ds[k].values for k in ds.data_vars}
+
+    def nested_subtrees(self) -> dict[str, np.ndarray]:
+        """D3 by the nested engine where the first index is one of a few, NaN elsewhere."""
+        partition, state = Partition.canonical(self.model), self.problem.state()
+        eta = torch.zeros(len(partition), dtype=torch.float64, requires_grad=True)
+        with primitive_operations():
+            loss = self.problem.batch_value(displaced(state.parameters, self.u, partition, eta), state, self.batch)
+        found = _Subtrees(eta, self.first_indices()).run(loss).tensors[3].numpy()
+        kept = np.isin(np.arange(len(eta)), self.first_indices())
+        smallest = np.minimum.reduce(np.meshgrid(*[np.arange(len(eta))] * 3, indexing="ij"))
+        return {"D3": np.where(kept[smallest], found, np.nan)}
+
+    def first_indices(self) -> list[int]:
+        """Spread evenly over the groups."""
+        assert self.subtrees is not None
+        return [int((i + 0.5) * len(self.theta) / self.subtrees) for i in range(self.subtrees)]
+
+    def share(self, quantity: str, engine: str) -> float:
+        """Of the backward passes of a whole call, those that are made."""
+        if (quantity, engine) != ("D3", "nested") or self.subtrees is None:
+            return 1.0
+        size = len(self.theta)
+        return sum(1 + size - t for t in self.first_indices()) / sum(1 + size - t for t in range(size))
 
     def torch_func(self, quantity: str) -> dict[str, np.ndarray]:
         x, y = self.batch
@@ -91,15 +123,31 @@ class Workload:
 
     def calls(self, engines: list[str], quantities: list[str]) -> dict[tuple[str, str], Callable]:
         calls: dict[tuple[str, str], Callable] = {}
-        for q in quantities:
+        for q in (q for q in quantities if q in self.quantities):
             for e in engines:
-                if e in ("tangents", "nested"):
+                if self.share(q, e) < 1:
+                    calls[q, e] = self.nested_subtrees
+                elif e == "tangents" or (e == "nested" and (q == "D2" or self.name == "lenet")):
                     calls[q, e] = lambda q=q, e=e: self.summarize(q, e)
-                elif e == "torch.func" and (q == "D2" or (q == "D3" and self.name == "lenet")):
+                elif e == "torch.func" and q != "D2 + diag D3" and self.name == "lenet":
                     calls[q, e] = lambda q=q: self.torch_func(q)
-                elif e == "curvlinops" and q == "D2":
+                elif e == "curvlinops" and q == "D2" and self.name != "gpt":
                     calls[q, e] = lambda q=q: self.curvlinops(q)
         return calls
+
+
+class _Subtrees(nested._Recursion):
+    """The recursion to D3 where the first index is one of some."""
+
+    def __init__(self, eta: Tensor, first: list[int]) -> None:
+        super().__init__(eta, Request(3))
+        self.first = first
+
+    def _descend(self, row: Tensor, prefix: tuple[int, ...]) -> None:
+        if prefix:
+            return super()._descend(row, prefix)
+        for t in self.first:
+            self._descend(self._row(row[t], True), (t,))
 
 
 class _FlatCrossEntropy(nn.CrossEntropyLoss):
@@ -121,16 +169,26 @@ def vgg(batch: int = 64) -> Workload:
 
 def gpt(batch: int = 4) -> Workload:
     """Six blocks of width 256 with 8 heads on 128 random tokens of 64, S = 77."""
+    return _gpt(batch, quantities=QUANTITIES[:2])
+
+
+def gpt_one(batch: int = 1) -> Workload:
+    """The same on one sample, for D3."""
+    return _gpt(batch, quantities=QUANTITIES[2:], subtrees=3)
+
+
+def _gpt(batch: int, **options: Any) -> Workload:
     model = GPT(vocab_size=64, context=128, n_layer=6, n_head=8, width=256)
     tokens = torch.randint(0, 64, (batch, 129))
-    return Workload("gpt", model, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), cross_entropy_tokens)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Workload("gpt", model, (x, y), cross_entropy_tokens, **options)
 
 
 def _images(name: str, model: nn.Module, batch: int) -> Workload:
     return Workload(name, model, (torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))), F.cross_entropy)
 
 
-MODELS = {"lenet": lenet, "vgg": vgg, "gpt": gpt}
+MODELS = {"lenet": lenet, "vgg": vgg, "gpt": gpt, "gpt-one": gpt_one}
 
 
 def measure(w: Workload, engines: list[str], quantities: list[str], repeats: int, patience: float) -> xr.Dataset:
@@ -159,28 +217,41 @@ def measure(w: Workload, engines: list[str], quantities: list[str], repeats: int
     gradient = float(np.median(seconds["gradient", "autograd"]))
     flops = {k: _flops(calls[k]) for k in calls if k[1] in ("autograd", "tangents")}
     shape = (len(quantities), len(engines))
-    table, count, error, third = (np.full(shape, np.nan) for _ in range(4))
+    table, low, high, calls_timed, count, error, third, share = (np.full(shape, np.nan) for _ in range(8))
     for i, q in enumerate(quantities):
         for j, e in enumerate(engines):
             if (q, e) not in calls:
                 continue
-            table[i, j] = np.median(seconds[q, e]) / gradient
+            share[i, j] = w.share(q, e)
+            table[i, j] = np.median(seconds[q, e]) / gradient / share[i, j]
+            low[i, j], high[i, j] = np.quantile(seconds[q, e], (0.25, 0.75)) / gradient / share[i, j]
+            calls_timed[i, j] = len(seconds[q, e])
             count[i, j] = flops.get((q, e), np.nan) / flops["gradient", "autograd"]
             if (q, e) == ("D3", "tangents"):
                 third[i, j] = table[i, j] * _contraction(calls[q, e])
             name = "D3_diag" if q == "D2 + diag D3" else q
             ours, theirs = results[q, "tangents"][name], results[q, e][name]
-            error[i, j] = np.linalg.norm(theirs - ours) / np.linalg.norm(ours)
+            there = np.isfinite(theirs)
+            error[i, j] = np.linalg.norm((theirs - ours)[there]) / np.linalg.norm(ours[there])
     dims = ("quantity", "engine")
     return xr.Dataset(
         {
             "gradients": (dims, table, {"long_name": "median time", "units": "gradients"}),
+            "lower": (dims, low, {"long_name": "lower quartile", "units": "gradients"}),
+            "upper": (dims, high, {"long_name": "upper quartile", "units": "gradients"}),
+            "calls": (dims, calls_timed, {"long_name": "calls that were timed", "units": "1"}),
+            "share": (dims, share, {"long_name": "share of its passes that were made", "units": "1"}),
             "flops": (dims, count, {"long_name": "floating-point operations", "units": "gradients"}),
             "contraction": (dims, third, {"long_name": "of it, the contractions to D3", "units": "gradients"}),
             "difference": (dims, error, {"long_name": "relative difference from tangents", "units": "1"}),
             "gradient_seconds": ((), gradient, {"long_name": "one gradient", "units": "s"}),
         },
-        {"quantity": quantities, "engine": engines, "groups": len(w.theta), "batch": len(w.batch[0])},
+        {
+            "quantity": np.array(quantities, dtype=object),
+            "engine": np.array(engines, dtype=object),
+            "groups": len(w.theta),
+            "batch": len(w.batch[0]),
+        },
     )
 
 
@@ -211,13 +282,24 @@ def markdown(ds: xr.Dataset) -> str:
         m = ds.sel(model=model)
         for q in ds.quantity.values:
             row = m.sel(quantity=q)
-            cells = [
-                (f"{v:.3g}" if np.isfinite(v) else "") + (f" (contraction {c:.3g})" if np.isfinite(c) else "")
-                for v, c in zip(row.gradients.values, row.contraction.values, strict=True)
-            ]
+            if not row.gradients.notnull().any():
+                continue
+            cells = [_cell(row.sel(engine=e)) for e in ds.engine.values]
             head = f"{model} | {int(m.groups)} | {int(m.batch)} | {float(m.gradient_seconds) * 1e3:.0f} ms"
             lines.append(f"| {head} | {q} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(found: xr.Dataset) -> str:
+    """A median and its quartiles, in gradients."""
+    if not np.isfinite(found.gradients):
+        return ""
+    text = f"{float(found.gradients):,.3g}" if found.gradients < 1e3 else f"{float(found.gradients):,.0f}"
+    if found.calls > 2:
+        text += f" ({float(found.lower):.3g} to {float(found.upper):.3g})"
+    if np.isfinite(found.contraction):
+        text += f", contraction {float(found.contraction):.3g}"
+    return text + (f", from {float(found.share):.0%} of its passes" if found.share < 1 else "")
 
 
 def picture(ds: xr.Dataset, path: Path) -> None:
@@ -255,15 +337,22 @@ def main() -> None:
         torch.manual_seed(0)
         workload = MODELS[name](**({"batch": args.batch} if args.batch else {}))
         ds = measure(workload, engines, args.quantity, args.repeats, args.patience)
-        measured.append(ds.assign_coords(model=name))
-        print(markdown(xr.concat(measured[-1:], "model")))
-    ds = xr.concat(measured, "model")
+        measured.append(ds.assign_coords(model=np.array(name, dtype=object)))
+        print(markdown(xr.concat(measured[-1:], "model", coords="different", compat="equals")))
+    ds = xr.concat(measured, "model", coords="different", compat="equals")
     ds.attrs = {
         "torch_version": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
-        "repeats": args.repeats,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if args.out:
+        stored = args.out.with_suffix(".nc")
+        if stored.exists():
+            with xr.open_dataset(stored, engine="h5netcdf") as before:
+                others = [before.sel(model=[m]).load() for m in before.model.values if m not in args.model]
+            both = [*others, ds]
+            ds = xr.concat(both, "model", "all", "different", "equals", join="outer", combine_attrs="override")
+            ds = ds.sel(model=[m for m in MODELS if m in ds.model], engine=[e for e in ENGINES if e in ds.engine])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".md").write_text(markdown(ds))
         ds.to_netcdf(args.out.with_suffix(".nc"), engine="h5netcdf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -128,13 +129,18 @@ class Tangents(Engine):
         self._fresh: set[Program] = set()
         self._checked: set[Hashable] = cache["checked programs"]
 
+    @functools.cached_property
+    def splittable(self) -> bool:
+        """Asked once a checkpoint: the settings of model and loss are read for it."""
+        return self.task.problem.splittable
+
     def affordable(self, batch: Batch) -> int:
         """The budget over the predicted peak of a few samples: memory grows with the samples, but for the weights."""
         t, rows = self.task, count_rows(batch)
-        probe = min(rows, PROBE) if t.problem.splittable else rows
+        probe = min(rows, PROBE) if self.splittable else rows
         needed = RESERVE * self.cost(batch if probe == rows else t.problem.take_rows(batch, 0, probe)).bytes
         fits = max(1, int(t.memory * probe / needed)) if needed else rows
-        if not t.problem.splittable:
+        if not self.splittable:
             if fits < rows:
                 self._note(f"batches of {rows} samples were taken whole: not known to be means over samples")
             return rows
@@ -152,7 +158,7 @@ class Tangents(Engine):
         """The predicted cost of the first batch, in gradients."""
         t = self.task
         batch = t.problem.cast(t.problem.first_batch(), t.state.dtype)
-        if t.problem.splittable and count_rows(batch) > PROBE:
+        if self.splittable and count_rows(batch) > PROBE:
             batch = t.problem.take_rows(batch, 0, PROBE)
         return self.cost(batch).gradients
 
