@@ -83,7 +83,7 @@ def _of_tensor(t: Tensor) -> tuple[Same, int]:
 def _of_array(a: np.ndarray, seen: set[int]) -> tuple:
     if a.dtype.hasobject:
         return a.shape, of_value(a.ravel().tolist(), seen)
-    return a.shape, a.dtype.str, hashlib.blake2b(np.ascontiguousarray(a).view(np.uint8)).digest()
+    return a.shape, a.dtype.str, hashlib.blake2b(a.tobytes()).digest()
 
 
 def _bound(fn: types.FunctionType) -> Iterator[Any]:
