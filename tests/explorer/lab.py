@@ -137,16 +137,62 @@ def run_all(page):
     """Run all cells; again where JupyterLab was asked before its kernel was connected, which it then forgets."""
     from playwright.sync_api import TimeoutError
 
+    code = "() => /[0-9*]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText)"
     for _ in range(10):
         page.wait_for_selector("text=| Idle")
+        if page.evaluate(code):
+            return  # it was only late; what runs twice would write one store from two kernels
         menu(page, "Run", "runmenu:run-all")
         try:
-            code = "() => /[0-9*]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt').innerText)"
-            page.wait_for_function(code, timeout=10_000)
+            page.wait_for_function(code, timeout=20_000)
             return
         except TimeoutError:
-            while page.locator(".jp-Dialog .jp-mod-accept").count():
-                page.locator(".jp-Dialog .jp-mod-accept").first.click()
+            answered(page)
+
+
+def answered(page):
+    """Whatever JupyterLab asks or tells in a dialog is accepted."""
+    while page.locator(".jp-Dialog .jp-mod-accept").count():
+        page.locator(".jp-Dialog .jp-mod-accept").first.click()
+
+
+def restart(page):
+    """Restart the kernel from JupyterLab's menu; returns once the widgets were told."""
+    menu(page, "Kernel", "kernelmenu:restart")
+    page.locator(".jp-Dialog .jp-mod-accept").first.click()
+    page.wait_for_selector(".ho-live.jupyter-widgets-disconnected")
+
+
+def run_again(page):
+    """Run all cells once more; returns when another explorer has replaced the first.
+
+    Asked again where it was asked while the kernel was restarting, which JupyterLab then forgets.
+    """
+    from playwright.sync_api import TimeoutError
+
+    page.evaluate("document.querySelectorAll('.ho-live').forEach(e => e.setAttribute('data-old', ''))")
+    new = ".ho-live:not([data-old]) .ho-sentence"
+    for _ in range(10):
+        page.wait_for_selector("text=| Idle")
+        if page.locator(new).count():
+            break
+        menu(page, "Run", "runmenu:run-all")
+        try:
+            page.wait_for_selector(new, state="attached", timeout=20_000)
+            break
+        except TimeoutError:
+            answered(page)
+    page.wait_for_function("document.querySelectorAll('.ho-live[data-old]').length === 0")
+
+
+def run_code(page, source: str):
+    """Add a cell below all others and run it."""
+    page.locator(".jp-Notebook .jp-Cell").last.locator(".jp-InputPrompt").click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.insert_text(source)
+    page.keyboard.press("Shift+Enter")
 
 
 def sentence_with(page, *words) -> str:
@@ -183,8 +229,19 @@ def shows(page, values, explorer: int = 0, top: float | None = None):
         time.sleep(0.2)
 
 
-def pointed_at(page, row: int, column: int) -> str:
-    """What the picture says where the mouse is at the middle of a cell, found by the pixels of the image alone."""
+def tells(page, row: int, column: int, *expected: str):
+    """The picture says one of these where the mouse is at the middle of a cell, found by the pixels of the image alone.
+
+    Its cells follow a new picture a moment later: looked at again until they say it.
+    """
+    end = time.monotonic() + PATIENCE / 1000
+    while (told := _pointed_at(page, row, column)) not in expected:
+        assert time.monotonic() < end, (told, expected)
+        page.mouse.move(5, 5)
+        time.sleep(0.2)
+
+
+def _pointed_at(page, row: int, column: int) -> str:
     picture_of = page.locator(".ho-live img").first
     picture_of.scroll_into_view_if_needed()
     box, image = picture_of.bounding_box(), Image.open(io.BytesIO(picture(page)))
