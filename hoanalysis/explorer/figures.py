@@ -340,6 +340,8 @@ def _dots(place: Place, series: Sequence[tuple[str, Any]], label: str, title: st
     ax = place.axes(0.15 + LETTER * room, 0.5, 0.2, 0.35 + LINE * (2 if title.count("\n") else 1) * 0.7 + legend)
     y = np.arange(len(kept))
     _symlog(ax, "x", np.concatenate([part.values for _, part in series]))
+    if ax.get_xscale() == "log" and any((part.values < style.BAND * part.errors).any() for _, part in series):
+        label += " (a bar that ends at the left reaches 0)"
     for k, (name, part) in enumerate(series):
         at = {g: i for i, g in enumerate(part.rows)}
         where = [at.get(g) for g in labels]

@@ -81,6 +81,18 @@ def test_wrong_runs_are_errors_in_words(ds):
         Session(ds.D2)
 
 
+def test_what_is_not_chosen_is_chosen_by_what_there_is(ds):
+    """The last computed checkpoint; the scale-free slice instead of an inverse of D3; D1 where D2 is missing."""
+    assert ho.explore(ds.where(ds.step < 20)).view.step == 10
+    session = Session(ds)
+    state, _, notes = session.fitted(State(order=3, matrix="inverse"))
+    assert (state.order, state.matrix) == (3, "scale_free")
+    assert notes == ["There is no inverse D3; what is shown is scale-free."]
+    first = Session(ds.drop_vars(["D2", "D2_se", "D2_batch"]))
+    assert first.offer(State()).orders == (1,)
+    assert first.view(State(order=3)).shown.values.shape == (6,)
+
+
 def test_a_run_without_checkpoints_to_compare_with_is_said(ds):
     explorer = ho.explore(ds, others={"empty": ds.isel(step=[])}, state={"compare_run": "empty"})
     assert explorer.sentence.startswith("The run 'empty' has no checkpoints.")

@@ -95,6 +95,13 @@ def test_the_taylor_panel_is_the_verb_along_minus_the_rates(ds, grouping, by):
             assert_allclose(errors[order - 1, k], expected.taylor_se.item(), rtol=1e-7, atol=1e-14)
 
 
+def test_without_any_rate_there_is_no_prediction(ds):
+    """Not one of no change: every rate is unknown where no group has an effect."""
+    values, errors = Session(ds.assign(D1=0 * ds.D1, D2=0 * ds.D2)).along(State(step=30))
+    assert np.isnan(values).all()
+    assert np.isnan(errors).all()
+
+
 def test_differences_are_those_of_compare_paired_over_blocks(ds):
     ds = ds.assign_attrs(provenance=json.dumps({"data": "the same"}))
     expected = ds.ho.compare(ds, step=(10, 30))
@@ -172,6 +179,9 @@ def test_trajectories_are_the_entries_at_every_step(ds):
     free = ds.ho.scale_free()
     assert_allclose(series[0].values, free[:, 0, 3])
     assert_allclose(series[0].errors, free.scale_free_se[:, 0, 3], rtol=1e-8)
+    compared = State(step=30, entries=((label[0], label[3]),), compare_run="this run", compare_step=10)
+    values = Session(ds).trajectories(compared)[1][0].values  # of the run itself, whatever it is compared with
+    assert_allclose(values, ds.D2[:, 0, 3])
     third = State(step=0, order=3, entries=((label[0], label[1], label[4]),))
     assert_allclose(Session(ds).trajectories(third)[1][0].values, ds.D3[:, 0, 1, 4])
 
