@@ -3,6 +3,7 @@
     python benchmarks/optimizers.py            # every run that is not there yet, then data/optimizers/study.nc
     python benchmarks/optimizers.py --gather   # the Dataset of the runs that are there
     python benchmarks/optimizers.py --cost lenet5 [--order 3]   # mean cost over 10 cycles with period 10, in SGD steps
+    python benchmarks/optimizers.py --oracle 10   # what measuring steps on LeNet-5/MNIST gain, and could have
 
 A run is a (task, method, setting, seed). Its result is a file under build/optimizers/ as soon as it ends: stop the
 command and call it again, and it goes on. Each method has a grid of four settings on every task, and as many steps and
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import hoanalysis as ho
 from hoanalysis import data, models
+from hoanalysis.optim.information import Information
 
 ROOT = Path(__file__).parents[1]
 RUNS, STUDY = ROOT / "build" / "optimizers", ROOT / "data" / "optimizers" / "study.nc"
@@ -113,6 +115,7 @@ METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     ),
     "SOAP": (lambda model, _, rate: soap(model, rate), (1e-3, 3e-3, 1e-2, 3e-2)),
     "SummaryNewton": (summary(), DAMPING),
+    "SummaryNewton, separable": (summary(curvature="separable"), DAMPING),
     "SummaryNewton, layer": (summary(partition="layer"), DAMPING),
     "SummaryNewton, trivial": (summary(partition="trivial"), DAMPING),
     "SummaryNewton, gradient": (summary(direction="gradient"), DAMPING),
@@ -310,6 +313,52 @@ def gather() -> xr.Dataset:
     return ds
 
 
+# ---- what limits a step ----------------------------------------------------------------------------------------------
+
+
+def oracle(seed: int) -> pd.DataFrame:
+    """A row for each measuring step of the default: ``gain`` is by how much the loss of 1,000 training images falls,
+    ``expected`` what their own D1 and D2 say of it, ``best`` the multiple of the rates at which these are lowest,
+    ``possible`` the gain of the rates that the same solve makes of their D1 to D3, and ``curvature`` the largest
+    H-bar_ss of the optimizer over theirs."""
+    task, rows = TASKS["lenet5-mnist"], []
+    torch.manual_seed(seed)
+    model, batches = task.model(), task.train()
+    optimizer = ho.optim.SummaryNewton(ho.Problem(model, batches, task.loss))
+    images = data.Batches(batches.x[:1_000], batches.y[:1_000], 250)
+    everything = Information(
+        ho.Problem(model, images, task.loss), optimizer.partition, optimizer.information.request, batches=4
+    )
+    measure = optimizer._measure
+
+    def measured(u: dict[str, Tensor]) -> None:
+        measure(u)
+        known, eta = everything.measure(u), optimizer._eta
+        g, h = known.tensors["D1"], known.tensors["D2"]
+        h_diagonal = optimizer.information._scaled(optimizer.information._sums, known.norms)["D2"].diagonal()
+        row = {"step": optimizer._steps, "gain": -everything.change(u, eta), "expected": g @ eta - eta @ h @ eta / 2}
+        row |= {"best": g @ eta / (eta @ h @ eta), "possible": -everything.change(u, optimizer.descent.rates(known)[0])}
+        rows.append(row | {"curvature": np.max(h_diagonal / h.diagonal())})
+
+    optimizer._measure = measured
+    stream = endless(batches, seed)
+    for _ in range(task.steps):
+        x, y = next(stream)
+        optimizer.zero_grad()
+        task.loss(model(x), y).backward()
+        optimizer.step()
+    return pd.DataFrame(rows).set_index("step")
+
+
+def print_oracle(seed: int) -> None:
+    torch.set_num_threads(1)
+    rows = oracle(seed)
+    print(rows.round(4).to_string())
+    for start, end in ((10, 20), (30, 100), (110, 190)):
+        part = rows.loc[start:end].sum()
+        print(f"steps {start} to {end}: {part.gain / part.possible:.0%} of what the whole information would gain")
+
+
 # ---- what a step costs -----------------------------------------------------------------------------------------------
 
 
@@ -364,12 +413,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--gather", action="store_true")
     parser.add_argument("--cost", choices=("lenet5", "vgg11"))
+    parser.add_argument("--oracle", type=int, metavar="SEED")
     parser.add_argument("--order", type=int, choices=(2, 3), default=2)
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=100)
     options = parser.parse_args()
     if options.cost:
         return print_cost(options.cost, options.order, options.cycles, options.batch_size)
+    if options.oracle is not None:
+        return print_oracle(options.oracle)
     if not options.gather:
         runs(options.tasks, options.methods)
     STUDY.parent.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,12 @@ from hoanalysis.analysis.regularized import Regularization, Solver
 from hoanalysis.errors import listed
 from hoanalysis.optim.information import Array, Known
 
-Curvature = Literal["signed", "absolute"]
-CURVATURES = ("signed", "absolute")
+Curvature = Literal["signed", "absolute", "separable"]
+CURVATURES = ("signed", "absolute", "separable")
 THIRD = {None: "", "ridge": "", "r": schema.diagonal(3), "cubic": schema.diagonal(3)}
 
 FLOOR = 1.0  # of the equilibrated curvature along any combination of groups: that of a single group
+LEAST = 1e-6  # of the largest y: a group without slope does not move, whatever bounds its curvature
 SHARE = 0.7  # of the solution: u goes on for several steps. docs/optimizer.md says what was tried
 
 
@@ -35,6 +36,14 @@ class Descent:
 
     so that eta goes down the second-order model (saddle-free Newton, Dauphin et al. 2014), and the noise of g-bar is
     not magnified where groups act on the loss alike and C has nearly the rank 1.
+
+    ``curvature="separable"`` replaces it by a diagonal that bounds it: with y_s = |g-bar_s| / sqrt|H_ss|
+
+        M_ss = |H_ss| sum_t |C_st| y_t / y_s,     eta . H-bar . eta <= sum_s M_ss eta_s^2 for every eta,
+
+    since 2 |x_s x_t| <= x_s^2 y_t / y_s + x_t^2 y_s / y_t, x_s = sqrt|H_ss| eta_s, for any positive y. So no group's
+    rate relies on what another does: each has the sign of its slope, and the second-order model falls whichever of them
+    are left out. Groups share what curvature allows as their own Newton steps ask for it.
 
     ``negative``: "keep" negative rates, which climb along u^s because H-bar says that the other groups more than make
     up for it, or "clip" them at 0. ``trust``: rates that are not ``trust`` standard errors away from 0 are 0.
@@ -76,6 +85,8 @@ class Descent:
         solver = Solver(groups, self.regularization, self.epsilon, third, self.eps ** (2 / 3))
         if self.curvature == "absolute":
             return lambda t: SHARE * solver({**t, "D2": absolute(groups, t["D2"])}), False
+        if self.curvature == "separable":
+            return lambda t: solver({**t, "D2": separable(groups, t["D1"], t["D2"])}), False
         return solver, self.regularization == "cubic" and solver.equilibrated(dict(known.tensors)).hard
 
     @staticmethod
@@ -97,6 +108,18 @@ def absolute(groups: System, d2: Array) -> Array:
         w, v = np.linalg.eigh(c)
         c = (v * np.maximum(np.abs(w), FLOOR)) @ v.T
     out[np.ix_(use, use)] = c * np.outer(scale, scale)
+    return out
+
+
+def separable(groups: System, d1: Array, d2: Array) -> Array:
+    """Diag(M), shape (S, S), over the used groups and 0 elsewhere; NaN where an entry is missing."""
+    use, scale = groups.used, groups.scale[groups.used]
+    c = np.abs(d2[np.ix_(use, use)]) / np.outer(scale, scale)
+    y = np.abs(d1[use]) / scale
+    y = np.maximum(y, LEAST * y.max()) if y.max() > 0 else np.ones_like(y)
+    out = np.zeros_like(d2)
+    i = np.flatnonzero(use)
+    out[i, i] = (c @ y) / y * scale**2
     return out
 
 

@@ -116,13 +116,13 @@ class Information:
             old = self.average if self._sums else 0.0
             return {k: (old * self._sums[k] if old else 0.0) + (1 - self.average) * x for k, x in new.items()}
 
-        def scaled(sums: Mapping[str, Array]) -> dict[str, Array]:
-            return {k: x * _size(k, unit) / self._weight for k, x in sums.items()}
-
         everything = list(range(len(found)))
         left_out = [joined(mean([j for j in everything if j != i])) for i in everything] if len(found) > 1 else []
         self._sums, self._weight = joined(mean(everything)), self.average * self._weight + 1 - self.average
-        return Known(scaled(self._sums), tuple(scaled(one) for one in left_out), norms)
+        return Known(self._scaled(self._sums, unit), tuple(self._scaled(one, unit) for one in left_out), norms)
+
+    def _scaled(self, sums: Mapping[str, Array], unit: Array) -> dict[str, Array]:
+        return {k: x * _size(k, unit) / self._weight for k, x in sums.items()}
 
     def _derivatives(self, state: State, u: Mapping[str, Tensor], batch: Batch) -> BatchDerivatives:
         task = engines.Task(self.problem, state, u, self.partition, self.request, self.memory, IDENTITY)

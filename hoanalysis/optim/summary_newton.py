@@ -78,7 +78,8 @@ class SummaryNewton(torch.optim.Optimizer):
         "steps" and 0 with "cubic", and "gradient", "signed", 0, "measured" and 8 with the others. docs/optimizer.md
         says why.
     curvature
-        H-bar as it is, "signed", or its "absolute" value: `hoanalysis.optim.descent.Descent`.
+        H-bar as it is, "signed", its "absolute" value, or a "separable" bound of it, under which no group's rate relies
+        on another's: `hoanalysis.optim.descent.Descent`.
     damping
         The initial ``lr`` of every param_group, which multiplies eta: what a scheduler of torch changes.
     period

@@ -18,7 +18,7 @@ import hoanalysis as ho
 from hoanalysis import models
 from hoanalysis.analysis.groups import system_of
 from hoanalysis.optim import SummaryNewton
-from hoanalysis.optim.descent import FLOOR, SHARE, absolute
+from hoanalysis.optim.descent import FLOOR, SHARE, absolute, separable
 
 
 def batch(samples: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -154,6 +154,28 @@ def test_the_absolute_curvature_is_positive_and_no_scale_matters(a, slope, expon
     )
 
 
+@given(matrices, hnp.arrays(float, 5, elements=st.floats(-1, 1)), hnp.arrays(float, 5, elements=st.floats(-3, 3)))
+def test_the_separable_curvature_bounds_the_pseudo_hessian_and_no_scale_matters(a, slope, exponent):
+    h = (a + a.T) / 2 + np.diag(np.where(np.diag(a) < 0, -0.1, 0.1))
+    tensors = {"D1": slope, "D2": h}
+    groups = system_of(tensors, np.ones(5), 2.0**-52)
+    bound = separable(groups, slope, h)
+    size = np.sqrt(np.abs(np.diag(h)))
+    np.testing.assert_array_equal(bound, np.diag(np.diag(bound)))
+    for sign in (-1, 1):  # bound >= |h| as quadratic forms
+        assert scipy.linalg.eigvalsh((bound + sign * h) / np.outer(size, size)).min() > -1e-9 * np.diag(bound).max()
+    c = 10.0**exponent
+    scaled = {"D1": slope * c, "D2": h * np.outer(c, c)}
+    again = separable(system_of(scaled, c, 2.0**-52), scaled["D1"], scaled["D2"])
+    np.testing.assert_allclose(np.diag(again) / c**2, np.diag(bound), rtol=1e-9)
+    if np.abs(slope).min() > 0.1:  # by hand: the groups' own steps share what is left of the curvature
+        y = np.abs(slope) / size
+        by_hand = [
+            sum(abs(h[s, t]) / size[s] / size[t] * y[t] for t in range(5)) * size[s] ** 2 / y[s] for s in range(5)
+        ]
+        np.testing.assert_allclose(np.diag(bound), by_hand, rtol=1e-9)
+
+
 @pytest.mark.parametrize("direction", ["momentum", "adam", "gradient"])
 def test_slopes_of_the_steps_are_averaged_in_units_of_the_direction(direction):
     model, data = network(), [batch(12, seed) for seed in range(4)]
@@ -198,6 +220,7 @@ OPTIONS = [
     {"slope": "measured", "average": 0.5, "batches": 2, "trust": 1.0},
     {"regularization": "cubic", "curvature": "signed", "direction": "gradient", "slope": "measured"},
     {"regularization": None, "curvature": "absolute"},
+    {"curvature": "separable"},
     {"regularization": "r", "epsilon": 0.7},
     {"regularization": "ridge", "negative": "clip"},
     {"regularization": "cubic", "average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
@@ -367,7 +390,7 @@ def test_training_does_not_touch_the_random_state():
         ({"regularization": "cubik"}, "did you mean 'cubic'"),
         ({"epsilon": -1.0}, "epsilon must be positive"),
         ({"slope": "mesured"}, "slope is one of 'measured', 'steps'"),
-        ({"curvature": "positive"}, "curvature is one of 'signed', 'absolute'"),
+        ({"curvature": "positive"}, "curvature is one of 'signed', 'absolute', 'separable'"),
         ({"trust": 1.0}, "batches=2 or more"),
         ({"partition": "canonicle"}, "canonical"),
     ],
