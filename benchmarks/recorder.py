@@ -2,9 +2,10 @@
 
     python benchmarks/recorder.py [--epochs N]
 
-Prints the median share of an epoch that recording takes, with its spread over the pairs of epochs; the time of one call
-beside that of one training step, medians over all of them; and in the same loop the least that it could be, a bare copy
-of the same bytes into a ring of as many files that are mapped into memory.
+Prints the median share of an epoch that recording takes, with its spread over the pairs of epochs; the same from the
+seconds of its calls, slow ones too, within the epoch itself, which a machine whose speed varies does not blur; the time
+of one call beside that of one training step, medians over all of them; and in the same loop the least that it could be,
+a bare copy of the same bytes into a ring of as many files that are mapped into memory.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
     model, train = models.LeNet5(), list(data.mnist5k("train", batch_size=100))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     epoch(model, optimizer, train, None)
-    shares, plain_steps, calls, copies = [], [], [], []
+    shares, within, plain_steps, calls, copies = [], [], [], [], []
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as other,
@@ -87,11 +88,14 @@ def main() -> None:
             recorded, _, recording = epoch(model, optimizer, train, recorder.step)
             _, _, copying = epoch(model, optimizer, train, copy)
             shares.append(recorded / plain - 1)
+            within.append(sum(recording) / (recorded - sum(recording)))
             plain_steps += steps
             calls += recording
             copies += copying
     low, _, high = statistics.quantiles(shares, n=4)
     print(f"recording takes {statistics.median(shares):.1%} of an epoch (quartiles {low:.1%} and {high:.1%})")
+    low, middle, high = statistics.quantiles(within, n=4)
+    print(f"its calls take {middle:.2%} of the rest of the same epoch (quartiles {low:.2%} and {high:.2%})")
     step, call, least = map(statistics.median, (plain_steps, calls, copies))
     print(f"one call {call * 1e6:.0f} us beside a training step of {step * 1e3:.2f} ms: {call / step:.2%}")
     print(f"a bare copy of the same bytes {least * 1e6:.0f} us: {least / step:.2%}")
