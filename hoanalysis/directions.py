@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from hoanalysis.checkpoints import Checkpoint, Run, fit_optimizer_state, load_ch
 from hoanalysis.errors import DirectionError, LossError, NoDirection, NonFiniteWeights, listed, nearest
 from hoanalysis.partitions import describe_parameters
 from hoanalysis.problem import Problem, State, naming_batch, tensors_of
+from hoanalysis.shards import WHOLE, Shard
 
 NAMES = schema.DIRECTIONS
 UPHILL = ("gradient", "momentum", "adam")  # a training step is minus a learning rate times one of these
@@ -107,10 +108,10 @@ def resolve(
     checkpoint: Checkpoint | None = None,
     run: Run | None = None,
     seed: int = 0,
-    max_batches: int | None = None,
+    shards: Sequence[Shard] = (WHOLE,),
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> Direction:
-    """The direction that a recipe describes at ``state``.
+    """The direction that a recipe describes at ``state``; ``shards`` are those that a gradient is summed over.
 
     Raises
     ------
@@ -123,7 +124,7 @@ def resolve(
     provenance: dict[str, Any] = {}
     if isinstance(recipe, str):
         name = recipe
-        tensors, provenance = _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress)
+        tensors, provenance = _named(recipe, problem, state, checkpoint, run, seed, shards, progress)
     elif isinstance(recipe, Mapping):
         name, tensors = "custom", dict(recipe)
     elif callable(recipe):
@@ -143,11 +144,10 @@ def resolve(
     return Direction(checked, name, provenance)
 
 
-def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress):
+def _named(recipe, problem, state, checkpoint, run, seed, shards, progress):
     theta = state.parameters
     if recipe == "gradient":
-        own = problem.direction_data is None
-        return gradient(problem.of_direction(), state, max_batches if own else None, progress), dict(OF_GRADIENT)
+        return gradient(problem.of_direction(), state, shards, progress), dict(OF_GRADIENT)
     if recipe == "weights":
         return {n: -p for n, p in theta.items()}, {}
     if recipe == "random":
@@ -169,32 +169,63 @@ def _named(recipe, problem, state, checkpoint, run, seed, max_batches, progress)
     raise DirectionError(f"there is no direction named {recipe!r}", do=nearest(recipe, [*NAMES, "to:<file>"]))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of the gradient over the data: sum_b w_b g_b over the batches of a shard (for sums over the data, of the g_b) in
+    float64, and sum_b w_b."""
+
+    sums: dict[str, Tensor]
+    weight: float
+
+
 def gradient(
     problem: Problem,
     state: State,
-    max_batches: int | None = None,
+    shards: Sequence[Shard] = (WHOLE,),
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> dict[str, Tensor]:
     """The gradient of L at ``state`` over the data, accumulated in float64, in the dtype of the parameters."""
+    return joined([part_of_gradient(problem, state, shard, progress) for shard in shards], problem, state)
+
+
+def part_of_gradient(
+    problem: Problem, state: State, shard: Shard, progress: Callable[[Iterator], Iterator] = iter
+) -> Part:
+    """What a shard of the data adds to the gradient."""
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in state.parameters.items()}
     weight = 0.0
-    for w, grads in batch_gradients(problem, state, max_batches, progress):
+    for w, grads in batch_gradients(problem, state, shard, progress):
         for n, g in grads.items():
             total[n] += g.double() * (1.0 if problem.reduction == "sum" else w)
         weight += w
+    return Part(total, weight)
+
+
+def joined(parts: Sequence[Part], problem: Problem, state: State) -> dict[str, Tensor]:
+    """The gradient from the parts of all shards. Their order fixes its last bits."""
+    total, weight = {n: t.clone() for n, t in parts[0].sums.items()}, parts[0].weight
+    for part in parts[1:]:
+        for n, t in part.sums.items():
+            total[n] += t
+        weight += part.weight
     scale = 1.0 if problem.reduction == "sum" else 1 / weight
     return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
+
+
+def of_parts(parts: Sequence[Part], problem: Problem, state: State) -> Direction:
+    """The direction ``"gradient"`` from its parts, as `resolve` gives it."""
+    return Direction(_checked(joined(parts, problem, state), state, "gradient"), "gradient", dict(OF_GRADIENT))
 
 
 def batch_gradients(
     problem: Problem,
     state: State,
-    max_batches: int | None = None,
+    shard: Shard = WHOLE,
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """The weight and the gradient of every batch, without the parameters that it does not use."""
     leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
-    for index, raw in enumerate(progress(problem.batches(max_batches))):
+    for index, raw in enumerate(progress(problem.batches(shard.stop, shard.first)), shard.first):
         with naming_batch(index):
             batch = problem.cast(raw, state.dtype)
             loss = problem.batch_value(leaves, state, batch)

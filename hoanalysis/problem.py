@@ -312,8 +312,8 @@ class Problem:
 
     # ---- the data -----------------------------------------------------------------------------------------------
 
-    def batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """The batches of one pass, in order, with the caller's random state kept.
+    def batches(self, max_batches: int | None = None, first: int = 0) -> Iterator[Batch]:
+        """The batches of one pass, in order, with the caller's random state kept; those before ``first`` are passed by.
 
         Raises
         ------
@@ -325,12 +325,13 @@ class Problem:
             for batch in batches_of(self.data):
                 if max_batches is not None and count >= max_batches:
                     break
-                culprits.refuse_strange(tensors_of(batch), f"batch {count}")
-                if count_rows(batch) == 0:
-                    raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
-                self._check_same(batch, count)
-                self._check_by_rows(batch, count)
-                yield batch
+                if count >= first:
+                    culprits.refuse_strange(tensors_of(batch), f"batch {count}")
+                    if count_rows(batch) == 0:
+                        raise DataError(f"batch {count} has no samples", do="drop empty batches from the data")
+                    self._check_same(batch, count)
+                    self._check_by_rows(batch, count)
+                    yield batch
                 count += 1
             else:
                 before = self.cache.setdefault("batches in a pass", count)
@@ -342,6 +343,12 @@ class Problem:
                     )
         if count == 0:
             raise DataError("the data has no batches", do="check the path, the subset and drop_last of the loader")
+
+    def count(self, max_batches: int | None = None) -> int:
+        """How many batches a pass has."""
+        self.fingerprint(max_batches)
+        known = len(self.cache["batch digests"])
+        return known if max_batches is None else min(known, max_batches)
 
     def of_direction(self) -> Problem:
         """The problem over the batches of the direction ``"gradient"``: this one, unless it was given others."""

@@ -89,6 +89,7 @@ class SummariesTable(_Table):
     measure: list[Literal["along", "removed", "pairs", "path"]] = []
     taus: list[float] | None = Field(None, min_length=1)
     errors: Literal["conditional", "unconditional"] = "conditional"
+    shards: int = Field(1, ge=1)
     curvature: CurvatureTable | None = None
 
 

@@ -29,7 +29,19 @@ from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.influence import influence
 from hoanalysis.derivatives.measured import MEASURES, Measure
 from hoanalysis.derivatives.tangents import TangentsUnsupported
-from hoanalysis.directions import LAST, OF_GRADIENT, Direction, Recipe, default_taus, digest, file_of, group_norms
+from hoanalysis.directions import (
+    LAST,
+    OF_GRADIENT,
+    Direction,
+    Part,
+    Recipe,
+    default_taus,
+    digest,
+    file_of,
+    group_norms,
+    of_parts,
+    part_of_gradient,
+)
 from hoanalysis.directions import resolve as resolve_direction
 from hoanalysis.errors import (
     ArgumentError,
@@ -45,6 +57,7 @@ from hoanalysis.partitions import Partition
 from hoanalysis.partitions import resolve as resolve_partition
 from hoanalysis.problem import Problem, State, count_rows, full_precision
 from hoanalysis.quadrature import NODES
+from hoanalysis.shards import Shard, cut
 from hoanalysis.store import Store
 from hoanalysis.store.container import canonical
 
@@ -86,6 +99,7 @@ class Settings:
     measure: Sequence[str] = ()
     taus: Sequence[float] | None = None
     errors: str = "conditional"
+    shards: int = 1  # of `summarize_run` alone
 
     @property
     def request(self) -> Request:
@@ -229,7 +243,11 @@ def summarize_run(
         alone writes. Workers load checkpoints by path, and compare digests. What a lost worker had in hand is given
         to others; a unit that kills whoever computes it is named at the end, when the others are done.
     options
-        As for `summarize`, except ``checkpoint``.
+        As for `summarize`, except ``checkpoint``; and ``shards``, a whole number: the data of a checkpoint are cut into
+        at most so many units, so that a run of fewer checkpoints than workers keeps them busy. A shard holds whole
+        blocks of ``keep_batches``, which stay what they are without shards. The sums of the shards are added in their
+        order: with the same ``shards`` the bits are the same however many workers there are, with others the last bits
+        differ. A tolerance, and unconditional errors, look at all the data at once and exclude shards.
     """
     if unknown := [k for k in options if k not in Settings.__dataclass_fields__]:
         raise ArgumentError(f"unknown options: {listed(unknown)}", do=f"use {listed(Settings.__dataclass_fields__)}")
@@ -321,6 +339,19 @@ class Work:
 
     # ---- the point and the direction ----------------------------------------------------------------------------
 
+    def shards(self) -> list[Shard]:
+        """What the data of each checkpoint are cut into, a unit each."""
+        s = self.settings
+        if s.shards == 1:
+            return [Shard(0, s.max_batches)]
+        return cut(self.problem.count(s.max_batches), s.shards, s.keep_batches)
+
+    def gradient_shards(self) -> list[Shard]:
+        """What the data of the direction ``"gradient"`` are cut into."""
+        s, of = self.settings, self.problem.of_direction()
+        limit = s.max_batches if of is self.problem else None
+        return [Shard(0, limit)] if s.shards == 1 else cut(of.count(limit), s.shards)
+
     def state(self, checkpoint: Checkpoint | Mapping[str, Tensor] | None) -> State:
         weights = None if checkpoint is None else self.problem.fitted(checkpoint)
         state = self.problem.state(weights, dtype=self.dtype, include_frozen=self.settings.include_frozen)
@@ -352,7 +383,8 @@ class Work:
             u = cached[1]
         else:
             u = resolve_direction(
-                s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed, max_batches=s.max_batches,
+                s.direction, self.problem, state, checkpoint=loaded, run=run, seed=s.seed,
+                shards=self.gradient_shards() if s.direction == "gradient" else (),
                 progress=lambda it: _bar(it, progress, "gradient"),
             )  # fmt: skip
         if kept:
@@ -369,7 +401,7 @@ class Work:
         weights = digest({**state.parameters, **state.fixed})
         recipe = s.direction if isinstance(s.direction, str) else ""  # tensors and functions are never cached
         model = weights, self.problem.settings()
-        return (*model, where, recipe, s.seed, s.max_batches, str(self.dtype), s.include_frozen)
+        return (*model, where, recipe, s.seed, s.max_batches, s.shards, str(self.dtype), s.include_frozen)
 
     # ---- keys ---------------------------------------------------------------------------------------------------
 
@@ -388,16 +420,21 @@ class Work:
         }
 
     def direction_key(self, checkpoint_sha: str) -> dict[str, Any]:
-        return {"kind": "direction", **self._common_key(checkpoint_sha)}
+        return {"kind": "direction", **self._common_key(checkpoint_sha), **self._cut_of_gradient("shards")}
 
-    def key(self, checkpoint_sha: str, relatives: list[str]) -> dict[str, Any]:
+    def _cut_of_gradient(self, name: str) -> dict[str, int]:
+        """The number of shards of the gradient, where they are several: added in another order, other last bits."""
+        n = len(self.gradient_shards()) if self.direction_name == "gradient" else 1
+        return {name: n} if n > 1 else {}
+
+    def key(self, checkpoint_sha: str, relatives: list[str], shard: int = 0) -> dict[str, Any]:
         """What a unit depends on. ``relatives`` are the other checkpoints of the run that the direction looks at."""
         s = self.settings
         return {
             "kind": "summary",
             **self._common_key(checkpoint_sha),
             "relatives": relatives,
-            "shard": [0, 1],
+            "shard": [shard, len(self.shards())],
             "partition": self.partition.fingerprint(),
             "order": s.order,
             "diagonal": s.diagonal,
@@ -405,6 +442,7 @@ class Work:
             "tolerance": s.tolerance,
             "keep_batches": s.keep_batches,
             "self_check": s.self_check,
+            **self._cut_of_gradient("direction_shards"),
             **self._optional_key(),
         }
 
@@ -440,36 +478,52 @@ class Work:
                 out.append({"step": label, "sha256": sha, "units": [], "gap": LAST})
                 continue
             relatives = {"to:init": shas[:1], "to:next": shas[i + 1 : i + 2]}.get(name, to_file)
-            out.append({"step": label, "sha256": sha, "units": [self.key(sha, relatives)]})
+            keys = [self.key(sha, relatives, k) for k in range(len(self.shards()))]
+            out.append({"step": label, "sha256": sha, "units": keys})
         return out
 
     # ---- units --------------------------------------------------------------------------------------------------
 
-    def unit(
-        self, checkpoint: Any, run: Run | None = None, *, store: Directions | None = None, progress: bool = True
-    ) -> xr.Dataset:
-        """The un-normalised sums of one checkpoint over the data."""
-        return self.sums(checkpoint, run, store=store, progress=progress).dataset()
-
     @full_precision()
-    def sums(
-        self, checkpoint: Any, run: Run | None = None, *, store: Directions | None = None, progress: bool = True
-    ) -> units.Parts:
-        """What a unit is made of."""
-        s = self.settings
+    def part_of_gradient(self, checkpoint: Checkpoint, shard: int) -> Part:
+        """What a shard of the data adds to the direction ``"gradient"``."""
+        state, _ = self._point(checkpoint)
+        return part_of_gradient(self.problem.of_direction(), state, self.gradient_shards()[shard])
+
+    def direction_of_parts(self, checkpoint: Checkpoint, parts: Sequence[Part]) -> Direction:
+        """The direction ``"gradient"`` from the parts of all shards."""
+        return of_parts(parts, self.problem, self.state(checkpoint))
+
+    def _point(self, checkpoint: Any) -> tuple[State, tuple]:
+        """Weights at which the loss was found to be deterministic, and their identity."""
         state = self.state(checkpoint)
         identity = self._identity(state, checkpoint)
         if self.problem.cache.get("deterministic") != identity:
             self.problem.check_deterministic(state)
             self.problem.cache["deterministic"] = identity
+        return state, identity
+
+    @full_precision()
+    def sums(
+        self,
+        checkpoint: Any,
+        run: Run | None = None,
+        *,
+        store: Directions | None = None,
+        progress: bool = True,
+        shard: int = 0,
+    ) -> units.Parts:
+        """What a unit is made of: the un-normalised sums of one checkpoint over a shard of the data."""
+        s = self.settings
+        state, identity = self._point(checkpoint)
         u = self.direction(state, checkpoint, run, progress, store, identity)
         task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory, identity)
         try:
             engine = engines.choose(task, s.engine, check_all=s.self_check)
-            error, sums = self._run(engine, identity, progress)
+            error, sums = self._run(engine, identity, progress, shard)
         except TangentsUnsupported as reason:
             engine = engines.fall_back(task, s.engine, reason)
-            error, sums = self._run(engine, identity, progress)
+            error, sums = self._run(engine, identity, progress, shard)
         norms = {
             "direction_norm": group_norms(u.tensors, self.partition),
             "parameter_norm": group_norms(state.parameters, self.partition),
@@ -488,17 +542,19 @@ class Work:
             facts["stopping"] = stopping(sums, s.tolerance)
         return sums.parts(norms, facts)
 
-    def unit_or_gap(self, checkpoint: Checkpoint, run: Run, store: Directions | None = None) -> xr.Dataset:
+    def unit_or_gap(
+        self, checkpoint: Checkpoint, run: Run, store: Directions | None = None, shard: int = 0
+    ) -> xr.Dataset:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""
         try:
-            return self.unit(checkpoint, run, store=store, progress=False)
+            return self.sums(checkpoint, run, store=store, progress=False, shard=shard).dataset()
         except NoDirection as e:  # without the path: a store that is moved keeps its bytes
             return units.gap({"what": e.what, "why": e.why, "do": e.do})
 
     def in_memory(
         self, run: Run, plan: Mapping[str, Any], progress: bool, workers: Workers | None = None
     ) -> dict[str, xr.Dataset]:
-        """The units of a plan by their canonical keys, without those that failed, each of which is a warning."""
+        """The units of a plan by their canonical keys, without those that failed; each such step is a warning."""
         wanted: dict[str, Item] = {}
         alike: dict[str, list[int]] = {}  # checkpoints of the same content share a unit
         for i, step in enumerate(plan["steps"]):
@@ -508,17 +564,21 @@ class Work:
         made: dict[str, xr.Dataset] = {}
         failed: dict[int, HoError] = {}
         with closing(self._made(list(wanted.values()), run, None, workers)) as computed:
-            for (i, key), unit in _bar(computed, progress, "checkpoints", len(wanted)):
+            for (i, key), unit in _bar(computed, progress, self._things, len(wanted)):
                 try:
                     made[canonical(key)] = unit()
                     refuse_replaced(run, i, key)
                 except (CheckpointError, ClusterError) as error:
                     made.pop(canonical(key), None)
-                    failed |= dict.fromkeys(alike[canonical(key)], error)
+                    for j in alike[canonical(key)]:
+                        failed.setdefault(j, error)
         if failed and not made:
-            raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, sum(map(len, alike.values())))
+            raise _summed_up({str(run.steps[i]): e for i, e in failed.items()}, len(plan["steps"]))
         for i, failure in sorted(failed.items()):
-            warnings.warn(f"step {run.steps[i]} is NaN: {failure}", stacklevel=4)
+            keys = plan["steps"][i]["units"]
+            there = sum(canonical(key) in made for key in keys)
+            what = f"holds {there} of {len(keys)} shards of the data" if there else "is NaN"
+            warnings.warn(f"step {run.steps[i]} {what}: {failure}", stacklevel=4)
         if not failed:
             self.refuse_gaps_alone(made.values())
         return made
@@ -544,11 +604,16 @@ class Work:
         self, checkpoint: Checkpoint, run: Run, position: int, key: Mapping[str, Any], store: Directions | None
     ) -> xr.Dataset:
         """The unit of a key of which the checkpoint is read."""
-        unit = self.unit_or_gap(checkpoint, run, store)
+        unit = self.unit_or_gap(checkpoint, run, store, key["shard"][0])
         read = json.loads(unit.attrs["unit"]).get("direction", {}).get("to_sha256")
         if read is not None and read not in key["relatives"]:
             raise _replaced(_relatives(run, position, self.direction_name)[0])
         return unit
+
+    @property
+    def _things(self) -> str:
+        """What progress is counted in."""
+        return "checkpoints" if self.settings.shards == 1 else "units"
 
     def refuse_gaps_alone(self, made: Iterable[xr.Dataset | None]) -> None:
         """Raise `NoDirection` where no checkpoint of a run has such a direction."""
@@ -556,12 +621,14 @@ class Work:
         if reasons and all(r is not None for r in reasons):
             raise NoDirection(**{**(reasons[0] or {}), "where": "every checkpoint of the run"})
 
-    def _run(self, engine: engines.Engine, identity: tuple, progress: bool) -> tuple[float, units.Accumulator]:
-        """The self-check and one pass over the data."""
+    def _run(
+        self, engine: engines.Engine, identity: tuple, progress: bool, shard: int
+    ) -> tuple[float, units.Accumulator]:
+        """The self-check and one pass over a shard of the data."""
         s = self.settings
         error = self._self_check(engine.task, engine, identity) if s.self_check else float("nan")
         return error, accumulate(
-            engine, max_batches=s.max_batches, tolerance=s.tolerance, keep_batches=s.keep_batches,
+            engine, self.shards()[shard], tolerance=s.tolerance, keep_batches=s.keep_batches,
             measure=self.measure, progress=lambda it: _bar(it, progress, "batches"),
         )  # fmt: skip
 
@@ -592,19 +659,21 @@ class Work:
                 gaps[k] = unit
         failed: dict[int, Exception] = {}
         with closing(self._made(missing, run, store, workers)) as computed:
-            for (i, key), made in _bar(computed, progress and bool(missing), f"checkpoints, {self.name}", len(missing)):
+            title = f"{self._things}, {self.name}"
+            for (i, key), made in _bar(computed, progress and bool(missing), title, len(missing)):
                 try:
                     unit = made()
                     store.publish(key, unit, check=functools.partial(refuse_replaced, run, i, key))
                 except StoreError:
                     raise
                 except Exception as error:
-                    failed[i] = error
+                    failed.setdefault(i, error)
                 else:
                     if units.gap_of(unit) is not None:
                         gaps[canonical(key)] = unit
         if failed:
-            raise _summed_up({str(run.steps[i]): error for i, error in sorted(failed.items())}, len(missing))
+            tried = len({i for i, _ in missing})
+            raise _summed_up({str(run.steps[i]): error for i, error in sorted(failed.items())}, tried)
         self.refuse_gaps_alone(gaps.get(k) for k in wanted)
         return sum(canonical(key) not in gaps for _, key in missing)
 
@@ -645,6 +714,7 @@ class Work:
             "engine": s.engine,
             "seed": s.seed,
             **self._optional_key(),
+            **({"shards": n} if (n := len(self.shards())) > 1 else {}),
             **{k: v for k, v in self.problem.description().items() if k != "model_repr"},
         }
 
@@ -717,9 +787,25 @@ def _checked(s: Settings) -> Settings:
                 why="u is the gradient over all batches, and the pass would end before",
                 do="leave out tolerance or errors='unconditional'",
             )
+    _refuse_shards(s)
     if s.tolerance is not None and not s.tolerance > 0:
         raise ArgumentError(f"tolerance is a relative standard error above 0, not {s.tolerance}")
     return s
+
+
+def _refuse_shards(s: Settings) -> None:
+    if not isinstance(s.shards, int) or isinstance(s.shards, bool) or s.shards < 1:
+        raise ArgumentError(f"shards must be a whole number of at least 1, not {s.shards!r}")
+    if s.shards > 1 and s.tolerance is not None:
+        raise ArgumentError(
+            "a tolerance stops one pass over the data, and shards are passes of their own",
+            do="leave out tolerance or shards; max_batches takes the first batches only",
+        )
+    if s.shards > 1 and s.errors == "unconditional" and s.direction == "gradient":
+        raise ArgumentError(
+            "unconditional errors look at all blocks of the data at once, and a shard holds some of them",
+            do="leave out shards, or errors='unconditional'",
+        )
 
 
 def _measure(s: Settings, direction: str) -> Measure:

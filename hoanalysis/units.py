@@ -34,7 +34,7 @@ Values = Mapping[str, Array]
 class Accumulator:
     """Sums over batches of named float64 quantities, and over blocks of batches."""
 
-    def __init__(self, keep_batches: int = 0) -> None:
+    def __init__(self, keep_batches: int = 0, block_length: int = 1) -> None:
         self.keep_batches = keep_batches - keep_batches % 2  # neighbours join in pairs
         self.n_batches = 0
         self.n_samples = 0
@@ -45,7 +45,7 @@ class Accumulator:
         self.dev1: dict[str, Array] = {}
         self.dev2: dict[str, Array] = {}
         self._blocks: list[tuple[float, dict[str, Array]]] = []
-        self._block_length = 1
+        self._block_length = block_length
         self._in_block = 0
         #: Un-normalised sums over the blocks that are added to theirs, for errors that are unconditional.
         self.influence: dict[str, Array] = {}
@@ -266,11 +266,11 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit |
     read
         Key -> unit, or None where it is not there.
     """
-    facts: list[dict[str, Any]] = []
+    facts: list[list[dict[str, Any]]] = []
     rows = [_row(plan, step, read, facts) for step in plan["steps"]]
     row = _with_losses(_stacked(rows) if plan["series"] else rows[0])
     samples, read_units = row.pop("n_samples")[1], row.pop("units_read")[1]
-    wanted = sum(len(step["units"]) for step in plan["steps"]) - sum("gap" in f for f in facts)
+    wanted = sum(len(step["units"]) for step in plan["steps"]) - sum("gap" in f for of_step in facts for f in of_step)
     coords = _group_coords(plan["groups"], {d for dims, _ in row.values() for d in dims if d.startswith(schema.GROUP)})
     if plan.get("taus"):
         coords[schema.TAU] = ((schema.TAU,), np.array(plan["taus"], dtype=np.float64))
@@ -286,7 +286,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit |
         # Of this Dataset, not of the units: a unit that is computed again must be bit-identical to the first.
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "units": wanted,
-        "suspect": sum(bool(f.get("suspect")) for f in facts),
+        "suspect": sum(any(f.get("suspect") for f in of_step) for of_step in facts),
         "n_samples": int(np.max(samples)),
         "coverage": float(np.sum(read_units)) / max(wanted, 1),
     }
@@ -298,11 +298,11 @@ def _row(
     plan: Mapping[str, Any],
     step: Mapping[str, Any],
     read: Callable[[Mapping[str, Any]], Unit | None],
-    all_facts: list[dict[str, Any]],
+    all_facts: list[list[dict[str, Any]]],
 ) -> Row:
     """One checkpoint; what its units say of themselves is added to ``all_facts``."""
     there = [unit for unit in map(read, step["units"]) if unit is not None]
-    all_facts += [json.loads(unit.attrs["unit"]) for unit in there]
+    all_facts.append([json.loads(unit.attrs["unit"]) for unit in there])
     reasons = [step["gap"]] if "gap" in step else [r["what"] for r in map(gap_of, there) if r is not None]
     shards = [unit for unit in there if gap_of(unit) is None]
     own = [json.loads(unit.attrs["unit"]) for unit in shards]
@@ -324,7 +324,7 @@ def _row(
     scalars = {
         "sha256": step.get("sha256", ""),
         "engine": own[0].get("engine", "") if own else "",
-        "engine_detail": own[0].get("engine_detail", "") if own else "",
+        "engine_detail": "; ".join(dict.fromkeys(n for f in own for n in f.get("engine_detail", "").split("; ") if n)),
         "direction_detail": _told(own[0].get("direction", {})) if own else "",
         "stopping": own[0].get("stopping", "") if own else "",
         "gap": reasons[0] if reasons else "",

@@ -18,6 +18,7 @@ from hoanalysis.directions import NAMES, digest, gradient, group_norms, resolve
 from hoanalysis.errors import CheckpointError, DirectionError, HoError, LossError
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
+from hoanalysis.shards import Shard
 
 
 def tensors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_the_gradient_of_a_sum():
 def test_the_gradient_over_the_first_batches():
     problem = problem_of()
     expected = torch.autograd.grad(F.cross_entropy(problem.model(X[:14]), Y[:14]), list(problem.model.parameters()))
-    check(gradient(problem, problem.state(), max_batches=2), dict(zip(named(problem.model), expected, strict=True)))
+    check(gradient(problem, problem.state(), [Shard(0, 2)]), dict(zip(named(problem.model), expected, strict=True)))
 
 
 def test_the_gradient_at_a_checkpoint_s_weights_leaves_no_grad_behind():

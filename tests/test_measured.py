@@ -152,7 +152,7 @@ def test_kept_blocks_give_the_errors_and_shards_add_up() -> None:
 
     def unit(part: list) -> xr.Dataset:
         settings = summaries.Settings(1, direction="weights", measure=tuple(MEASURES), keep_batches=6, self_check=False)
-        return summaries.Work(ho.Problem(model, part, F.cross_entropy), settings).unit(None, progress=False)
+        return summaries.Work(ho.Problem(model, part, F.cross_entropy), settings).sums(None, progress=False).dataset()
 
     whole, added = unit(batches), add_shards([unit(batches[:2]), unit(batches[2:])])
     for name in NAMES:

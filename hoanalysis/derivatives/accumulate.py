@@ -15,6 +15,7 @@ from hoanalysis.derivatives.engines import Engine, check_finite
 from hoanalysis.derivatives.measured import NOTHING, Measure, measured
 from hoanalysis.errors import NumericsError
 from hoanalysis.problem import count_rows, naming_batch, tensors_of
+from hoanalysis.shards import WHOLE, Shard
 from hoanalysis.units import Accumulator
 
 MIN_BATCHES = 8  # below this a standard error is itself too uncertain to stop by
@@ -22,14 +23,14 @@ MIN_BATCHES = 8  # below this a standard error is itself too uncertain to stop b
 
 def accumulate(
     engine: Engine,
+    shard: Shard = WHOLE,
     *,
-    max_batches: int | None = None,
     tolerance: float | None = None,
     keep_batches: int = 0,
     measure: Measure = NOTHING,
     progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Accumulator:
-    """The sums over the batches of the engine's problem.
+    """The sums over the batches of the engine's problem, or of a shard of them.
 
     Raises
     ------
@@ -39,12 +40,12 @@ def accumulate(
         Where an input is not finite.
     """
     with heap.reused():
-        return _accumulate(engine, max_batches, tolerance, Accumulator(keep_batches), measure, progress)
+        return _accumulate(engine, shard, tolerance, Accumulator(keep_batches, shard.block), measure, progress)
 
 
 def _accumulate(
     engine: Engine,
-    max_batches: int | None,
+    shard: Shard,
     tolerance: float | None,
     sums: Accumulator,
     measure: Measure,
@@ -52,7 +53,7 @@ def _accumulate(
 ) -> Accumulator:
     task = engine.task
     problem = task.problem
-    for index, raw in enumerate(progress(problem.batches(max_batches))):
+    for index, raw in enumerate(progress(problem.batches(shard.stop, shard.first)), shard.first):
         batch = problem.cast(raw, task.state.dtype)
         weight = problem.size(raw)
         with naming_batch(index):

@@ -34,6 +34,7 @@ from hoanalysis.derivatives.primitives import primitive_operations
 from hoanalysis.directions import batch_gradients
 from hoanalysis.errors import ArgumentError
 from hoanalysis.problem import Batch
+from hoanalysis.shards import Shard
 from hoanalysis.units import Accumulator
 
 Bar = Callable[[Iterator[Any]], Iterator[Any]]
@@ -79,7 +80,7 @@ def _deviations(task: Task, sums: Accumulator, max_batches: int | None) -> dict[
     """delta_k of every parameter, shape (K, *shape), in its dtype."""
     problem, weights = task.problem, torch.as_tensor(sums.block_weights())
     totals = {n: torch.zeros((len(weights), *p.shape), dtype=torch.float64) for n, p in task.state.parameters.items()}
-    for index, (weight, gradients) in enumerate(batch_gradients(problem, task.state, max_batches)):
+    for index, (weight, gradients) in enumerate(batch_gradients(problem, task.state, Shard(0, max_batches))):
         for n, g in gradients.items():
             totals[n][sums.block_of(index)] += g.double().cpu() * (1.0 if problem.reduction == "sum" else weight)
     scale = sums.weight if problem.reduction == "sum" else 1.0
