@@ -1,13 +1,14 @@
 """The data of a checkpoint in shards, so that several workers can share it.
 
-A shard is a contiguous run of whole blocks of batches, and the blocks are those of ``keep_batches`` over the whole data:
-sums over the shards are sums over the data, with the kept blocks of a run without shards. How many there are is a
-setting, never the number of workers: the sums of the shards are added in their order, whoever computed them, and another
-cut has other last bits.
+A shard is a contiguous run of whole blocks of batches, and the blocks are those of ``keep_batches`` over the whole
+data: sums over the shards are sums over the data, with the kept blocks of a run without shards. How many there are is a
+setting, never the number of workers: the sums of the shards are added in their order, whoever computed them, and
+another cut has other last bits.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -47,4 +48,4 @@ def cut(batches: int, shards: int, keep_batches: int = 0) -> list[Shard]:
     blocks = -(-batches // length)
     n = min(shards, blocks)
     edges = [min(length * (blocks * k // n), batches) for k in range(n + 1)]
-    return [Shard(a, b, length) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [Shard(a, b, length) for a, b in itertools.pairwise(edges)]

@@ -548,8 +548,8 @@ class Work:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""
         try:
             return self.sums(checkpoint, run, store=store, progress=False, shard=shard).dataset()
-        except NoDirection as e:  # without the path: a store that is moved keeps its bytes
-            return units.gap({"what": e.what, "why": e.why, "do": e.do})
+        except NoDirection as error:
+            return units.gap_of_error(error)
 
     def in_memory(
         self, run: Run, plan: Mapping[str, Any], progress: bool, workers: Workers | None = None
@@ -898,8 +898,9 @@ def refuse_replaced(run: Run, position: int, key: Mapping[str, Any]) -> None:
     would one whose direction leads to a checkpoint that was."""
     if run.sha256(position) != key["checkpoint"]:
         raise _replaced(run.paths[position])
-    others = _relatives(run, position, key["direction"]) if key["relatives"] else []
-    for path, sha256 in zip(others, key["relatives"], strict=True):
+    relatives = key.get("relatives", [])
+    others = _relatives(run, position, key["direction"]) if relatives else []
+    for path, sha256 in zip(others, relatives, strict=True):
         if content_sha256(path) != sha256:
             raise _replaced(path)
 

@@ -26,6 +26,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
+from hoanalysis.errors import HoError
 
 Array = np.ndarray
 Values = Mapping[str, Array]
@@ -209,6 +210,11 @@ def add_shards(shards: Sequence[Unit]) -> Unit:
 
 
 # ---- checkpoints without a unit ----------------------------------------------------------------------------------
+
+
+def gap_of_error(error: HoError) -> xr.Dataset:
+    """The gap that an error tells of. Without the path: a store that is moved keeps its bytes."""
+    return gap({"what": error.what, "why": error.why, "do": error.do})
 
 
 def gap(reason: Mapping[str, str]) -> xr.Dataset:

@@ -11,16 +11,16 @@ import secrets
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import dask
 import torch
 from distributed import Client, Future, KilledWorker, wait
 from distributed.client import FuturesCancelledError
 
 from hoanalysis.cluster import worker
 from hoanalysis.cluster.clients import count_lost, gone, threads_of
+from hoanalysis.cluster.jobs import SMALL, Curvatures, Job, Kind, Units, failing, submit
 from hoanalysis.cluster.parcels import Order, Source, absolute
 from hoanalysis.errors import ClusterError
 from hoanalysis.summaries import refuse_replaced
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from hoanalysis.checkpoints import Run
+    from hoanalysis.cluster.worker import Answer
     from hoanalysis.store import Store
     from hoanalysis.summaries import Item, Made, Work
 
@@ -36,9 +37,6 @@ PATIENCE = 120.0  # seconds without any worker before the call gives up; a worke
 POLL = 2.0  # seconds between two looks at the workers while nothing lands
 RETRIES = 2  # of a task that raises what no user causes: a file system that hiccups
 AHEAD = 2  # units out for each worker: one in work, one that it can begin while the first is written
-
-
-SMALL = 2**20  # bytes of a source that is not worth a task of its own
 
 
 class ClusterWarning(UserWarning):
@@ -55,21 +53,30 @@ class Workers:
     def units(self, work: Work, items: Iterable[Item], run: Run, store: Store | None) -> Iterator[tuple[Item, Made]]:
         """Each item with its unit, or with what went wrong with it, in the order in which they are done.
 
-        Directions are published in ``store`` with the first unit that needs them; of units the caller does so.
+        Directions are published in ``store`` with the first unit that needs them, or, where the data are cut into
+        shards, before any; of units the caller does so.
 
         Raises
         ------
         ClusterError
             Where no worker is left, or the scheduler is gone.
         """
-        waiting = list(items)
-        if not waiting:
+        yield from self._flown(list(items), run, work.settings, lambda flight: Units(flight, work, store))
+
+    def curvatures(self, items: Iterable[Item], run: Run, options: Mapping[str, Any]) -> Iterator[tuple[Item, Made]]:
+        """The same for the curvature of checkpoints."""
+        yield from self._flown(list(items), run, None, lambda flight: Curvatures(flight, options))
+
+    def _flown(
+        self, items: list[Item], run: Run, settings: Any, kind: Callable[[Flight], Kind]
+    ) -> Iterator[tuple[Item, Made]]:
+        if not items:
             return
-        order = Order(work.settings, absolute(run), torch.get_num_threads(), worker.versions())
-        flight = _Flight(self.client, self._on_cluster(), order, work, store)
+        order = Order(settings, absolute(run), torch.get_num_threads(), worker.versions())
+        flight = Flight(self.client, self._on_cluster(), order)
         began = time.time()
         try:
-            yield from flight.landed(waiting)
+            yield from flight.landed(kind(flight).jobs(items))
         finally:
             flight.abandon()
             if lost := count_lost(self.client, flight.token, began):
@@ -89,82 +96,75 @@ class Workers:
             return self.source
         if self._sent is None or self._sent.status in ("error", "cancelled"):
             key = f"source-{self.source.digest[:12]}-{secrets.token_hex(4)}"
-            self._sent = _submit(self.client, worker.itself, self.source, key=key)
+            self._sent = submit(self.client, worker.itself, self.source, key=key)
         return self._sent
 
 
-class _Flight:
-    """Units on their way."""
+class Flight:
+    """Jobs on their way."""
 
-    def __init__(self, client: Client, source: Future | Source, order: Order, work: Work, store: Store | None) -> None:
-        self.client, self.source, self.order, self.work, self.store = client, source, order, work, store
+    def __init__(self, client: Client, source: Future | Source, order: Order) -> None:
+        self.client, self.source, self.order = client, source, order
         self.token = secrets.token_hex(4)  # keys are never those of another call: Dask remembers what failed
-        self.units: dict[Future, Item] = {}
+        self.out: dict[Future, Job] = {}
         self.number = 0
         self.lonely_since: float | None = None
 
-    def landed(self, items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
-        suspects: list[Item] = []
-        yield from self._round(deque(items), suspects, alone=False)
+    def landed(self, jobs: Iterable[Job]) -> Iterator[tuple[Item, Made]]:
+        suspects: list[Job] = []
+        yield from self._round(deque(jobs), suspects, alone=False)
         yield from self._round(deque(suspects), [], alone=True)
 
-    def _round(self, waiting: deque[Item], suspects: list[Item], alone: bool) -> Iterator[tuple[Item, Made]]:
-        while waiting or self.units:
+    def _round(self, waiting: deque[Job], suspects: list[Job], alone: bool) -> Iterator[tuple[Item, Made]]:
+        while waiting or self.out:
             room = 1 if alone else AHEAD * max(1, len(self._threads()))
-            while waiting and len(self.units) < room:
-                self._launch(waiting.popleft())
+            while waiting and sum(job.tasks for job in self.out.values()) < room:
+                job = waiting.popleft()
+                self.out[job.send()] = job
             for future in self._done():
-                item = self.units.pop(future)
+                job = self.out.pop(future)
                 if future.status == "cancelled":  # with the scheduler, or by somebody else
                     self._threads()
-                    waiting.append(item)
+                    waiting.append(job)
                 elif not isinstance(killed := _error(future), KilledWorker):
-                    yield item, self._made(item, future)
+                    done, ready = job.landed(future)
+                    waiting.extendleft(reversed(ready))
+                    yield from done
                 elif alone:
-                    yield item, _raising(_poison(self.order.run, item, killed))
+                    yield from ((item, failing(_poison(self.order.run, item, killed))) for item in job.items)
                 else:
-                    suspects.append(item)
+                    suspects.append(job)
 
-    def _launch(self, item: Item) -> None:
+    def submit(self, fn: Callable, item: Item, *args: Any) -> Future:
+        """A task about an item."""
         position, key = item
-        name = f"unit-{self.order.run.steps[position]}-{self.token}-{self.number}"
+        name = f"{fn.__name__}-{self.order.run.steps[position]}-{self.token}-{self.number}"
         self.number += 1
-        stored = None
-        if self.store is not None:
-            stored = self.store.read_arrays(self.work.direction_key(key["checkpoint"]))
-        future = _submit(
-            self.client, worker.unit, self.source, self.order, position, key, stored, key=name, retries=RETRIES
-        )
-        self.units[future] = item
+        return submit(self.client, fn, self.source, self.order, position, key, *args, key=name, retries=RETRIES)
 
     def _done(self) -> list[Future]:
         """What has come back, at least one; what is lost with its worker is computed again."""
-        while not (done := [f for f in self.units if f.status not in ("pending", "lost")]):
+        while not (done := [f for f in self.out if f.status not in ("pending", "lost")]):
             try:
                 with self.client.as_current():
-                    wait(list(self.units), timeout=POLL, return_when="FIRST_COMPLETED")
+                    wait(list(self.out), timeout=POLL, return_when="FIRST_COMPLETED")
             except TimeoutError:
                 self._refuse_abandoned()
             except FuturesCancelledError:
                 pass
         return done
 
-    def _made(self, item: Item, future: Future) -> Made:
-        def made() -> xr.Dataset:
-            answer = future.result()
-            future.release()  # else Dask would compute it again, should the worker that holds it die
-            position, key = item
-            for category, text in answer.remarks:
-                warnings.warn(text, category, stacklevel=4)
-            if answer.direction is not None and self.store is not None:
-                self.store.publish_arrays(self.work.direction_key(key["checkpoint"]), answer.direction)
-            if isinstance(answer.error, ClusterError):  # what differs there may have changed here
-                refuse_replaced(self.order.run, position, key)
-            if answer.error is not None:
-                raise answer.error
-            return answer.unit
-
-        return made
+    def read(self, item: Item, answer: Answer) -> xr.Dataset:
+        """The unit in an answer; raises the error in its place."""
+        position, key = item
+        for category, text in answer.remarks:
+            warnings.warn(text, category, stacklevel=4)
+        if isinstance(answer.error, ClusterError):  # what differs there may have changed here
+            refuse_replaced(self.order.run, position, key)
+        if answer.error is not None:
+            raise answer.error
+        assert answer.unit is not None
+        return answer.unit
 
     def _threads(self) -> dict[str, int]:
         return threads_of(self.client)
@@ -182,25 +182,13 @@ class _Flight:
 
     def abandon(self) -> None:
         """Take back what is out: nobody waits for it any more."""
-        if self.units and self.client.status == "running":
-            self.client.cancel(list(self.units))
-        self.units.clear()
-
-
-def _submit(client: Client, fn: Callable, *args: Any, **options: Any) -> Future:
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):  # data and directions are large
-        return client.submit(fn, *args, pure=False, **options)
+        if self.out and self.client.status == "running":
+            self.client.cancel(list(self.out))
+        self.out.clear()
 
 
 def _error(future: Future) -> BaseException | None:
     return future.exception() if future.status == "error" else None
-
-
-def _raising(error: Exception) -> Made:
-    def made() -> xr.Dataset:
-        raise error
-
-    return made
 
 
 def _poison(run: Run, item: Item, killed: KilledWorker) -> ClusterError:

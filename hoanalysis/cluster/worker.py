@@ -1,4 +1,5 @@
-"""What a worker does: one unit, with its direction, and nothing else; it never sees the store.
+"""What a worker does: a unit, with its direction or along one that was sent, what a shard adds to a gradient, the
+curvature of a checkpoint; it never sees the store.
 
 Problems are built once a process, so that captured graphs, fingerprints and self-checks serve all its units. Before
 anything is computed the worker makes sure that it is about to compute what the driver asks for: the versions, the
@@ -7,11 +8,12 @@ digest of the checkpoint, and the unit's whole key, hence also data, model and l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +21,11 @@ import numpy as np
 import torch
 import xarray as xr
 
+from hoanalysis import curvatures
 from hoanalysis._version import __version__
 from hoanalysis.checkpoints import Checkpoint
 from hoanalysis.cluster.parcels import Order, Source
+from hoanalysis.directions import Part
 from hoanalysis.errors import ClusterError, HoError, listed
 from hoanalysis.problem import Problem
 from hoanalysis.store.container import canonical
@@ -37,6 +41,7 @@ class Answer:
     unit: xr.Dataset | None = None
     error: HoError | None = None
     direction: dict[str, np.ndarray] | None = None  # one that was computed, for the store
+    part: Part | None = None  # what a shard of the data adds to a gradient
     remarks: list[tuple[type[Warning], str]] = field(default_factory=list)
 
 
@@ -76,29 +81,75 @@ def different(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, st
 # ---- the tasks --------------------------------------------------------------------------------------------------
 
 
-def itself(source: Source) -> Source:
-    """A source as the result of a task: where it is lost with its worker, Dask makes it again."""
-    return source
+def itself(value: Any) -> Any:
+    """A source or a direction as the result of a task: where it is lost with its worker, Dask makes it again."""
+    return value
 
 
 def unit(
-    source: Source, order: Order, position: int, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None
+    source: Source,
+    order: Order,
+    position: int,
+    key: Mapping[str, Any],
+    along: Answer | Mapping[str, np.ndarray] | None,
 ) -> Answer:
-    """The unit of ``key``, along the direction ``arrays`` where it was computed before.
+    """The unit of ``key``, along the direction that was computed before, if any: arrays, or an answer with them."""
+    given = Given(along.direction if isinstance(along, Answer) else along)
+    with _answering() as answer:
+        work, checkpoint = _begin(source, order, position, key)
+        answer.unit = work.of_checkpoint(checkpoint, order.run, position, key, given)
+    answer.direction = given.made
+    return answer
 
-    An error that a user can cause is an answer: Dask repeats tasks that raise, and it would come again.
+
+def part(source: Source, order: Order, position: int, key: Mapping[str, Any], shard: int) -> Answer:
+    """What a shard of the data adds to the direction ``"gradient"`` of the units of ``key``."""
+    with _answering() as answer:
+        work, checkpoint = _begin(source, order, position, key)
+        answer.part = work.part_of_gradient(checkpoint, shard)
+    return answer
+
+
+def joined(source: Source, order: Order, position: int, key: Mapping[str, Any], parts: Sequence[Answer]) -> Answer:
+    """The direction ``"gradient"`` from the parts of all shards, or the first error among them."""
+    with _answering() as answer:
+        for one in parts:
+            if one.error is not None:
+                raise one.error
+        work, checkpoint = _begin(source, order, position, key)
+        u = work.direction_of_parts(checkpoint, [one.part for one in parts if one.part is not None])
+        answer.direction = {n: t.cpu().numpy() for n, t in u.tensors.items()}
+    answer.remarks = list(dict.fromkeys([r for one in [*parts, answer] for r in one.remarks]))
+    return answer
+
+
+def curvature(
+    source: Source, order: Order, position: int, key: Mapping[str, Any], options: Mapping[str, Any]
+) -> Answer:
+    """The curvature of the full Hessian at a checkpoint."""
+    with _answering() as answer:
+        problem = _ready(source, order)
+        checkpoint = _checkpoint(order, position, key["checkpoint"])
+        _refuse_other_key(curvatures.key(problem, checkpoint.sha256, options), key)
+        answer.unit = curvatures.computed(problem, checkpoint, options)
+    return answer
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[Answer]:
+    """An answer, with the warnings of what is done within.
+
+    An error that a user can cause is an answer too: Dask repeats tasks that raise, and it would come again.
     """
-    answer, given = Answer(), Given(arrays)
+    answer = Answer()
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         try:
-            work, checkpoint = _begin(source, order, position, key)
-            answer.unit = work.of_checkpoint(checkpoint, order.run, position, key, given)
+            yield answer
         except HoError as error:
             answer.error = error
     told = [(w.category, str(w.message)) for w in remarks if issubclass(w.category, UserWarning)]
-    answer.direction, answer.remarks = given.made, list(dict.fromkeys(told))
-    return answer
+    answer.remarks = list(dict.fromkeys(told))
 
 
 # ---- before anything is computed --------------------------------------------------------------------------------
@@ -110,24 +161,26 @@ _WORKS: dict[str, Work] = {}
 
 def _begin(source: Source, order: Order, position: int, key: Mapping[str, Any]) -> tuple[Work, Checkpoint]:
     """The work of an order and the checkpoint, of which the digest is that of the key, as is all else in it."""
-    torch.set_num_threads(order.threads)  # in this thread: the last bits depend on how many there are
-    if wrong := different(versions(), order.versions):
-        raise versions_differ({socket.gethostname(): wrong})
-    work = _work(source, order)
+    problem = _ready(source, order)
+    if order.digest not in _WORKS:
+        _WORKS[order.digest] = Work(problem, order.settings)
+    work = _WORKS[order.digest]
     checkpoint = _checkpoint(order, position, key["checkpoint"])
-    _refuse_other_key(work.key(checkpoint.sha256, key["relatives"]), key)
+    _refuse_other_key(work.key(checkpoint.sha256, key["relatives"], key["shard"][0]), key)
     return work, checkpoint
 
 
-def _work(source: Source, order: Order) -> Work:
+def _ready(source: Source, order: Order) -> Problem:
+    """The problem of a source, with the torch threads that the driver asks for."""
+    torch.set_num_threads(order.threads)  # in this thread: the last bits depend on how many there are
+    if wrong := different(versions(), order.versions):
+        raise versions_differ({socket.gethostname(): wrong})
     if source.digest not in _BUILT:
         problem = _built(source)
         _BUILT.clear()
         _WORKS.clear()
         _BUILT[source.digest] = problem
-    if order.digest not in _WORKS:
-        _WORKS[order.digest] = Work(_BUILT[source.digest], order.settings)
-    return _WORKS[order.digest]
+    return _BUILT[source.digest]
 
 
 def _built(source: Source) -> Problem:

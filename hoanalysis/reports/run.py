@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis.analysis.findings import findings
+from hoanalysis.curvatures import curvatures
 from hoanalysis.errors import ArgumentError, CheckpointError, HoError, ReportError, StoreError, listed
 from hoanalysis.reports.execute import (
     CELL_TIMEOUT,
@@ -27,7 +28,6 @@ from hoanalysis.reports.execute import (
     failed_copy,
     prepare,
 )
-from hoanalysis.reports.hessians import hessians
 from hoanalysis.reports.output import make_folder, refuse_unusable, write_whole
 from hoanalysis.reports.pages import PAGE, index_page, page
 from hoanalysis.store import Store, export
@@ -295,7 +295,7 @@ def compute(
     make_folder(outcome.folder)
     exported: dict[Path, xr.Dataset] = {}
     with Store.open(outcome.folder / STORE, mode="w") as store:
-        beside = _hessians(spec, run, problem, store, outcome, progress, say)
+        beside = _hessians(spec, run, problem, store, outcome, progress, say, workers)
         for k, work in enumerate(works):
             plan = work.plan(work.steps(run), series=True)
             for line in store.register(work.name, plan):
@@ -325,13 +325,13 @@ def _workers_of(client: Any, spec: StudySpec) -> Any:
 
 
 def _hessians(
-    spec: StudySpec, run: Any, problem: Any, store: Store, outcome: Outcome, progress: bool, say: Say
+    spec: StudySpec, run: Any, problem: Any, store: Store, outcome: Outcome, progress: bool, say: Say, workers: Any
 ) -> dict[str, xr.DataArray]:
     """The curvature of the full Hessian, for every Dataset of the study; nothing where it does not ask for it."""
     options = spec.curvature()
     if options is None:
         return {}
-    found, computed, failed = hessians(run, problem, store, options, progress)
+    found, computed, failed = curvatures(run, problem, store, options, progress, workers)
     outcome.error = outcome.error or failed
     if computed:
         say(f"{outcome.name}: computed the curvature of {computed} checkpoints")
