@@ -89,7 +89,7 @@ def fixed(model: torch.nn.Module, batches: list[Batch], draws: np.ndarray) -> It
     settings = summaries.Settings(2, diagonal=3, keep_batches=2 * len(batches), self_check=False)
     work = summaries.Work(problem, settings)
     plan = work.plan([{"step": 0, "sha256": "", "units": [{}]}], series=False)
-    whole = work.unit(None, progress=False)
+    whole = work.sums(None, progress=False).dataset()
     weights = whole["weight"].values
     names = units.quantities(whole)
     means = {k: (whole[f"{k}_batch"].values.T / weights).T for k in names}

@@ -337,8 +337,8 @@ class Pilot:
             steps, done = [{"units": [{}]}], 0
         else:
             steps = work.steps(self.run)
-            done = sum(store is not None and key in store for step in steps for key in step["units"])
-        total = sum(len(step["units"]) for step in steps)
+            done = sum(store is not None and all(key in store for key in x["units"]) for x in steps if x["units"])
+        total = sum(bool(step["units"]) for step in steps)
         batches = min(self.batches, s.max_batches or self.batches)
         passes = 0.0
         if work.direction_name == "gradient":
@@ -351,7 +351,8 @@ class Pilot:
             per_batch += 2 * math.comb(len(work.partition) + s.order - 2, max(0, s.order - 1)) * gradient
         seconds = (total - done) * (each + one.self_check + batches * per_batch) + passes * gradient
         arrays = sum(len(work.partition) ** d for d in range(s.order + 1)) * 8
-        disk = (total - done) * (UNIT_FILE + arrays * (4 + s.keep_batches))
+        shards = max(len(step["units"]) for step in steps)
+        disk = (total - done) * (shards * (UNIT_FILE + 4 * arrays) + s.keep_batches * arrays)
         if passes and self.run is not None:
             disk += (total - done) * sum(p.numel() * p.element_size() for p in self.at(work)[0].parameters.values())
         return Line(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,9 @@ class Part:
     sums: dict[str, Tensor]
     weight: float
 
+    def plus(self, other: Part) -> Part:
+        return Part({n: t + other.sums[n] for n, t in self.sums.items()}, self.weight + other.weight)
+
 
 def gradient(
     problem: Problem,
@@ -185,7 +188,7 @@ def gradient(
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> dict[str, Tensor]:
     """The gradient of L at ``state`` over the data, accumulated in float64, in the dtype of the parameters."""
-    return joined([part_of_gradient(problem, state, shard, progress) for shard in shards], problem, state)
+    return joined((part_of_gradient(problem, state, shard, progress) for shard in shards), problem, state)
 
 
 def part_of_gradient(
@@ -201,15 +204,11 @@ def part_of_gradient(
     return Part(total, weight)
 
 
-def joined(parts: Sequence[Part], problem: Problem, state: State) -> dict[str, Tensor]:
+def joined(parts: Iterable[Part], problem: Problem, state: State) -> dict[str, Tensor]:
     """The gradient from the parts of all shards. Their order fixes its last bits."""
-    total, weight = {n: t.clone() for n, t in parts[0].sums.items()}, parts[0].weight
-    for part in parts[1:]:
-        for n, t in part.sums.items():
-            total[n] += t
-        weight += part.weight
-    scale = 1.0 if problem.reduction == "sum" else 1 / weight
-    return {n: (t * scale).to(state.parameters[n].dtype) for n, t in total.items()}
+    whole = functools.reduce(Part.plus, parts)
+    scale = 1.0 if problem.reduction == "sum" else 1 / whole.weight
+    return {n: (t * scale).to(state.parameters[n].dtype) for n, t in whole.sums.items()}
 
 
 def of_parts(parts: Sequence[Part], problem: Problem, state: State) -> Direction:

@@ -275,6 +275,7 @@ diagonal = 3
 # directions = ["gradient"]      # "weights", "random", "to:init", "to:next", "momentum", "adam"
 # partitions = ["canonical"]     # one group a tensor; "layer", "kind", "trivial"
 # keep_batches = 20              # blocks of batches that are kept, for the errors of what is derived
+# shards = 8                     # units that the data of a checkpoint are cut into, for more workers than checkpoints
 # measure = ["along", "removed"] # the loss measured along the direction, and with each group moved; "pairs", "path"
 # errors = "unconditional"       # with what the data do through the gradient; several times slower
 # curvature = {{ max_batches = 4 }} # the full Hessian's extreme eigenvalues and trace, beside 2 / learning rate

@@ -16,7 +16,8 @@ from distributed import Client, WorkerPlugin
 
 @dataclass
 class Kill(WorkerPlugin):
-    """SIGKILL to the worker itself at the unit of a checkpoint: at its second batch, or when it is done.
+    """SIGKILL to the worker itself at a unit of a checkpoint: at its second batch, or when it is done; or in a part of
+    its gradient.
 
     Each death leaves a file in ``folder``; there are at most ``times`` of them.
     """
@@ -31,7 +32,7 @@ class Kill(WorkerPlugin):
         from hoanalysis.derivatives import engines
         from hoanalysis.summaries import Work
 
-        self.whole = whole = Work.of_checkpoint, engines.Engine.batch
+        self.whole = whole = Work.of_checkpoint, engines.Engine.batch, Work.part_of_gradient
         state = {"key": None, "batches": 0}
 
         def of_checkpoint(work, checkpoint, run, position, key, store):
@@ -48,18 +49,85 @@ class Kill(WorkerPlugin):
                 self.die()
             return whole[1](engine, given)
 
-        Work.of_checkpoint, engines.Engine.batch = of_checkpoint, batch
+        def part(work, checkpoint, shard):
+            if self.when == "in a part" and checkpoint.sha256 == self.sha256 and shard == 1:
+                self.die()
+            return whole[2](work, checkpoint, shard)
+
+        Work.of_checkpoint, engines.Engine.batch, Work.part_of_gradient = of_checkpoint, batch, part
 
     def teardown(self, worker: Any) -> None:
         from hoanalysis.derivatives import engines
         from hoanalysis.summaries import Work
 
-        Work.of_checkpoint, engines.Engine.batch = self.whole
+        Work.of_checkpoint, engines.Engine.batch, Work.part_of_gradient = self.whole
 
     def die(self) -> None:
         if deaths(self.folder) < self.times:
             (self.folder / f"{os.getpid()}.death").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Together(WorkerPlugin):
+    """A unit, or a part of a gradient, goes on when another process has begun one of its kind; else after a minute."""
+
+    folder: Path
+    name: str = "together"
+
+    def setup(self, worker: Any) -> None:
+        from hoanalysis.summaries import Work
+
+        self.whole = whole = Work.of_checkpoint, Work.part_of_gradient
+
+        def of_checkpoint(work, *args):
+            self.meet(f"unit-{work.settings.order}")
+            return whole[0](work, *args)
+
+        def part(work, *args):
+            self.meet(f"part-{work.settings.order}")
+            return whole[1](work, *args)
+
+        Work.of_checkpoint, Work.part_of_gradient = of_checkpoint, part
+
+    def meet(self, what: str) -> None:
+        own = self.folder / f"{what}-{os.getpid()}.met"
+        own.touch()
+        end = time.monotonic() + 60
+        while {own} == set(self.folder.glob(f"{what}-*.met")):
+            if time.monotonic() > end:
+                own.with_suffix(".alone").touch()
+                return
+            time.sleep(0.01)
+
+    def teardown(self, worker: Any) -> None:
+        from hoanalysis.summaries import Work
+
+        Work.of_checkpoint, Work.part_of_gradient = self.whole
+
+
+@dataclass
+class Curved(WorkerPlugin):
+    """A file for each curvature that a worker computes."""
+
+    folder: Path
+    name: str = "curved"
+
+    def setup(self, worker: Any) -> None:
+        from hoanalysis import curvatures
+
+        self.whole = whole = curvatures.computed
+
+        def computed(problem, checkpoint, options):
+            (self.folder / f"{checkpoint.sha256}.curvature").touch()
+            return whole(problem, checkpoint, options)
+
+        curvatures.computed = computed
+
+    def teardown(self, worker: Any) -> None:
+        from hoanalysis import curvatures
+
+        curvatures.computed = self.whole
 
 
 @dataclass

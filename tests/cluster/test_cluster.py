@@ -9,15 +9,16 @@ import xarray as xr
 from distributed import Client
 
 import hoanalysis as ho
-from hoanalysis.cluster import driver
+from hoanalysis.cluster import jobs
 from hoanalysis.cluster.driver import ClusterWarning
-from hoanalysis.errors import ClusterError
+from hoanalysis.errors import CheckpointError, ClusterError, DataError
+from hoanalysis.reports import Outcome, compute
 from hoanalysis.store import Store
 from hoanalysis.store.container import digest_of
 from hoanalysis.study import StudySpec
 from hoanalysis.summaries import Settings, Work
 from tests.cluster.conftest import STEPS, files
-from tests.cluster.faults import Kill, deaths, plugged
+from tests.cluster.faults import Curved, Kill, Together, deaths, plugged
 
 SETTINGS = {
     "gradient": {"order": 3, "keep_batches": 2, "diagonal": 3},
@@ -26,6 +27,9 @@ SETTINGS = {
     "random": {"order": 2, "direction": "random", "seed": 3, "partition": "layer", "engine": "nested"},
     "to:next": {"order": 1, "direction": "to:next", "measure": ("path",)},
     "tolerance": {"order": 1, "tolerance": 0.5, "memory": "20KB"},
+    "shards": {"order": 2, "shards": 3, "keep_batches": 4, "dtype": "float64"},
+    "shards of weights": {"order": 2, "shards": 2, "direction": "weights", "max_batches": 3},
+    "shards of to:next": {"order": 1, "shards": 2, "direction": "to:next"},
 }
 
 
@@ -68,9 +72,6 @@ def _keys(store: Path) -> list[dict]:
     return [key for step in plan["steps"] for key in step["units"]]
 
 
-_made = driver._Flight._made
-
-
 def test_a_direction_is_computed_once_and_used_by_the_others(
     client: Client, six: StudySpec, tmp_path: Path, monkeypatch
 ) -> None:
@@ -81,12 +82,13 @@ def test_a_direction_is_computed_once_and_used_by_the_others(
     call("canonical", tmp_path / "store", client)
     before = files(tmp_path / "store")
     directions: list[dict | None] = []
+    publish = jobs.Units.publish
 
-    def made(flight, item, future):
-        directions.append(future.result().direction)
-        return _made(flight, item, future)
+    def published(units, item, direction):
+        directions.append(direction)
+        publish(units, item, direction)
 
-    monkeypatch.setattr(driver._Flight, "_made", made)
+    monkeypatch.setattr(jobs.Units, "publish", published)
     layers = call("layer", tmp_path / "store", client)
     assert directions == [None] * STEPS
     after = files(tmp_path / "store")
@@ -108,6 +110,93 @@ def test_a_direction_that_is_remembered_is_stored_as_well(
     assert files(stores[1]) == files(stores[0])
 
 
+# ---- fewer checkpoints than workers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_workers_share_the_data_of_one_checkpoint(
+    client: Client, six: StudySpec, tmp_path: Path, monkeypatch, stored
+) -> None:
+    """Parts of the gradient, and units, each time two at once: they wait for each other. Also where a direction is
+    large and comes out of the store of an earlier call, so that it is a result of its own."""
+    run, options = six.run()[2:3], {"keep_batches": 4, "shards": 2, "progress": False}
+    monkeypatch.setattr(jobs, "SMALL", 1)
+    here, store = (tmp_path / name for name in ("serial", "workers"))
+    expected = ho.summarize_run(run, six.problem(), 2, store=here, **options).drop_attrs()
+    ho.summarize_run(run, six.problem(), 1, store=here, **options)
+    with plugged(client, Together(tmp_path)):
+        if stored:
+            ho.summarize_run(run, six.problem(), 1, store=store, client=client, **options)
+        ds = ho.summarize_run(run, six.problem(), 2, store=store, client=client, **options)
+        if not stored:
+            ho.summarize_run(run, six.problem(), 1, store=store, client=client, **options)
+    assert {p.name[:4] for p in tmp_path.glob("*.met")} == {"part", "unit"}
+    assert not list(tmp_path.glob("*.alone"))
+    xr.testing.assert_identical(ds.drop_attrs(), expected)
+    assert units_of(store) == units_of(here)
+
+
+def units_of(store: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(store).items() if name.startswith("units/")}
+
+
+def test_a_checkpoint_without_a_gradient_and_a_batch_that_fails_are_told_as_by_the_serial_run(
+    client: Client, tmp_path: Path
+) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(2))
+
+    for step in range(3):
+        torch.save({"w": torch.full((2,), float(step))}, tmp_path / f"step_{step}.pt")
+    run = ho.open_run(tmp_path, "*.pt")
+
+    def problem(labels: list[int]) -> ho.Problem:
+        def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            classes = torch.zeros(1, 4) + 0 * model.w.sum()
+            return ((model.w - 1) ** 2).sum() + 0 * torch.nn.functional.cross_entropy(classes, batch)
+
+        return ho.Problem(Net(), [torch.tensor([k]) for k in labels], batch_loss=loss, batch_size=lambda b: 1)
+
+    fine, stores = problem([0, 1, 2, 3]), (tmp_path / "serial", tmp_path / "workers")
+    both = [
+        ho.summarize_run(run, fine, 2, shards=2, store=s, client=c, progress=False).drop_attrs()
+        for s, c in zip(stores, (None, client), strict=True)
+    ]
+    xr.testing.assert_identical(both[1], both[0])
+    assert "zero everywhere" in both[1].gap.values[1]
+    assert files(stores[1]) == files(stores[0])
+    told = []
+    for c in (None, client):
+        with pytest.raises(DataError, match="out of bounds") as caught:
+            ho.summarize_run(run[:1], problem([0, 1, 2, 9]), 2, shards=2, client=c, store=tmp_path / str(c is None))
+        told.append(str(caught.value))
+    assert "batch 3" in told[0]
+    assert told[1] == told[0]
+
+
+def test_the_curvature_of_a_study_is_computed_by_workers(client: Client, six: StudySpec, tmp_path: Path) -> None:
+    (tmp_path / "curved").mkdir()
+    for path in six.folder.iterdir():
+        if path.is_file():
+            (tmp_path / "curved" / path.name).write_bytes(path.read_bytes())
+    study = tmp_path / "curved" / "study.toml"
+    study.write_text(study.read_text() + "\n[summaries.curvature]\nprobes = 3\n")
+    (tmp_path / "curved" / "step_0.safetensors").write_bytes(b"\0" * 40)  # costs its own step
+    found = []
+    for name, c in (("serial", None), ("workers", client)):
+        outcome = Outcome(name, tmp_path / name)
+        with plugged(client, Curved(tmp_path)):
+            datasets = compute(StudySpec.read(study), outcome, progress=False, say=lambda _: None, client=c)
+        assert isinstance(outcome.error, CheckpointError)
+        found.append(datasets[tmp_path / name / "summaries.nc"].drop_attrs())
+    assert len(list(tmp_path.glob("*.curvature"))) == STEPS - 1
+    xr.testing.assert_identical(found[1], found[0])
+    assert int(found[0].hessian_largest.notnull().sum()) == STEPS - 1
+    assert units_of(tmp_path / "workers" / "store") == units_of(tmp_path / "serial" / "store")
+
+
 # ---- what dies ----------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +213,20 @@ def test_a_worker_that_is_killed_costs_what_it_had_in_hand(
         )
     assert deaths(tmp_path) == 1
     assert files(tmp_path / "store") == serial
+
+
+@pytest.mark.row("K1")
+@pytest.mark.parametrize("when", ["in a part", "done"])
+def test_a_worker_that_is_killed_in_a_shard_costs_that_shard(
+    client: Client, six: StudySpec, tmp_path: Path, when: str
+) -> None:
+    options = {"keep_batches": 4, "shards": 2, "progress": False}
+    ho.summarize_run(six.run(), six.problem(), 2, store=tmp_path / "serial", **options)
+    kill = Kill(six.run().sha256(2), tmp_path, when=when)
+    with plugged(client, kill), pytest.warns(ClusterWarning, match="^1 workers were lost"):
+        ho.summarize_run(six.run(), six.problem(), 2, store=tmp_path / "store", client=client, **options)
+    assert deaths(tmp_path) == 1
+    assert files(tmp_path / "store") == files(tmp_path / "serial")
 
 
 @pytest.mark.row("K2")
