@@ -52,9 +52,9 @@ def measured(workers: int, checkpoints: int, order: int, repeat: int, folder: Pa
         for k in range(repeat):
             serial.append(seconds(run, order, folder / f"serial{k}", here))
             warm.append(seconds(run, order, folder / f"warm{k}", there, client))
+            print(f"serial {serial[-1]:.2f} s, workers {warm[-1]:.2f} s", flush=True)
     for store in folder.glob("[cw]*"):
         assert files(store) == files(folder / "serial0"), f"the store {store.name} is not the serial one"
-    print("serial ", *(f"{t:.2f}" for t in serial), "  started", *(f"{t:.2f}" for t in warm))
     found = {"serial": statistics.median(serial), "started": statistics.median(warm)}
     return {**found, "from nothing": up + cold, "start of the cluster": up}
 

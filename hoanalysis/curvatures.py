@@ -50,16 +50,19 @@ def curvatures(
         except CheckpointError as error:
             failed[i] = error
     wanted = {canonical(k): (i, k) for i, k in reversed(keys.items())}  # the same content is computed once
-    missing = [item for item in reversed(wanted.values()) if store.read(item[1]) is None]
+    rows = {name: there for name, (_, k) in wanted.items() if (there := store.read(k)) is not None}
+    missing = [item for name, item in reversed(wanted.items()) if name not in rows]
     with closing(_made(missing, run, problem, options, workers)) as made:
         for (i, k), row in tqdm(made, "checkpoints, curvature", len(missing), disable=not progress, leave=False):
             try:
-                store.publish(k, row(), check=functools.partial(refuse_replaced, run, i, k))
+                unit = row()
+                store.publish(k, unit, check=functools.partial(refuse_replaced, run, i, k))
+                rows[canonical(k)] = unit
             except (CheckpointError, ClusterError, NumericsError) as error:
                 failed |= {j: error for j, other in keys.items() if canonical(other) == canonical(k)}
-    rows = [store.read(keys[i]) if i not in failed else _without(failed[i]) for i in range(len(run))]
+    series = [_without(failed[i]) if i in failed else rows[canonical(keys[i])] for i in range(len(run))]
     computed = sum(i not in failed for i, _ in missing)
-    return _series(rows, list(run.steps)), computed, failed[min(failed)] if failed else None
+    return _series(series, list(run.steps)), computed, failed[min(failed)] if failed else None
 
 
 def key(problem: Any, sha256: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -484,6 +484,18 @@ class Work:
 
     # ---- units --------------------------------------------------------------------------------------------------
 
+    def unit(
+        self,
+        checkpoint: Any,
+        run: Run | None = None,
+        *,
+        store: Directions | None = None,
+        progress: bool = True,
+        shard: int = 0,
+    ) -> xr.Dataset:
+        """The un-normalised sums of one checkpoint over a shard of the data."""
+        return self.sums(checkpoint, run, store=store, progress=progress, shard=shard).dataset()
+
     @full_precision()
     def part_of_gradient(self, checkpoint: Checkpoint, shard: int) -> Part:
         """What a shard of the data adds to the direction ``"gradient"``."""
@@ -547,7 +559,7 @@ class Work:
     ) -> xr.Dataset:
         """The unit of a checkpoint of a run, or the reason why it has no such direction."""
         try:
-            return self.sums(checkpoint, run, store=store, progress=False, shard=shard).dataset()
+            return self.unit(checkpoint, run, store=store, progress=False, shard=shard)
         except NoDirection as error:
             return units.gap_of_error(error)
 
