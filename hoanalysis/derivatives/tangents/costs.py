@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hoanalysis.derivatives.common import Request
+from hoanalysis.derivatives.tangents import logits
 from hoanalysis.derivatives.tangents.attention import Attention, find
 from hoanalysis.derivatives.tangents.graph import Graph, Node
 from hoanalysis.derivatives.tangents.groups import Groups, common, union
+from hoanalysis.derivatives.tangents.logits import Logits
 from hoanalysis.derivatives.tangents.rules.product import Product
 
 #: One elementwise pass over a tensor is bound by memory traffic; this many operations of a matrix product take as long.
@@ -49,6 +51,11 @@ def active(graph: Graph, leaves: Mapping[int, Groups]) -> dict[int, Groups]:
 def tiled_attentions(graph: Graph, groups: Mapping[int, Groups]) -> list[Attention]:
     """The attentions that the streaming sweep takes tile by tile."""
     return [a for a in find(graph) if a.pays(len(groups[a.output.index]))]
+
+
+def tiled_logits(graph: Graph, groups: Mapping[int, Groups]) -> list[Logits]:
+    """The logits that the streaming sweep takes tile by tile."""
+    return [h for h in logits.find(graph) if h.pays(len(groups[h.product.index]))]
 
 
 def bent(graph: Graph, groups: Mapping[int, Groups]) -> dict[int, Groups]:
@@ -91,13 +98,20 @@ def _times(cost: Cost, work: float, memory: float) -> Cost:
 def _to_third(graph: Graph, leaves: Mapping[int, Groups], size: int, request: Request) -> Cost:
     groups = active(graph, leaves)
     second = bent(graph, groups) if request.diagonal == 3 and request.order < 3 else {}
+    cut_off: set[int] = set()  # by no tangent
+    if request.order < 3 and (heads := tiled_logits(graph, groups)):
+        inner = {n.index for h in heads for n in h.inner}
+        cut_off = logits.below(graph, heads) - inner
+        groups |= dict.fromkeys(cut_off, ())
+        second |= dict.fromkeys(cut_off, ())
     base = flops = 0.0
     for n in graph.live_nodes():
         N, k = _numel(n), len(groups[n.index])
         one = _pass(n)
         base += one
         flops += one * (1 + n.needs_adjoint)
-        flops += sum(one * len(groups[i]) for i in n.sources.values())
+        if n.index not in cut_off:
+            flops += sum(one * len(groups[i]) for i in n.sources.values())
         flops += one * len(second.get(n.index, ()))
         if n.curved:
             flops += _contraction(graph, n, groups, request, size)
@@ -134,13 +148,19 @@ def _contraction(graph: Graph, n: Node, groups: Mapping[int, Groups], request: R
 def _stream_bytes(graph: Graph, groups: Mapping[int, Groups], second: Mapping[int, Groups]) -> float:
     """Values, adjoints, the stacks still to be used, and temporaries as large as the node's own stacks.
 
-    An attention that is taken tile by tile has no stacks inside, and holds its inputs until its output is there.
+    An attention that is taken tile by tile has no stacks inside, and holds its inputs until its output is there; logits
+    that are have none at all.
     """
     base = 3 * sum(_bytes(n) for n in graph.live_nodes())
     held: dict[int, float] = {}
     peak = 0.0
     tiled = {n.index: a for a in tiled_attentions(graph, groups) for n in (*a.inner, a.output)}
+    heads = tiled_logits(graph, groups)
+    products = {h.product.index for h in heads}
+    cut_off = logits.below(graph, heads)
     for n in graph.live_nodes():
+        if n.index in cut_off:
+            continue
         if (a := tiled.get(n.index)) is not None:
             if n is a.output:
                 mine = (len(groups[n.index]) + len(second.get(n.index, ()))) * _bytes(n)
@@ -154,6 +174,8 @@ def _stream_bytes(graph: Graph, groups: Mapping[int, Groups], second: Mapping[in
         inputs = [held.get(i, 0.0) for i in n.sources.values()]
         in_blocks = n.rule is not None and n.rule.kind == "scalar"
         temporary = 2 * max(inputs, default=0.0) if n.curved and not in_blocks else 0.0
+        if n.index in products:  # the weight's adjoint, and a copy of the features
+            mine, temporary = 0.0, 2 * max(inputs)
         peak = max(peak, sum(held.values()) + max(2 * mine, mine + temporary, temporary))
         held[n.index] = mine
         for i in n.sources.values():

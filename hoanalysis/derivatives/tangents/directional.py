@@ -321,6 +321,6 @@ class Higher:
             values, local = sweeps.forward(graph, self._along((s,) * n), 3)
             if graph.output in local:
                 sums = Sums(self.size, 2, True)
-                sweeps.stream(graph, local, sweeps.adjoints(graph, local, values[graph.output]), own, sums)
+                sweeps.stream(graph, local, values[graph.output], own, sums)
                 out[s] = sums.diagonal[s]  # type: ignore[index]
         return out

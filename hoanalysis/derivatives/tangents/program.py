@@ -138,8 +138,7 @@ class Program:
                 sweeps.full(self.graph, local, loss, leaves, sums)
             else:
                 second = order >= 2 or diagonal or request.diagonal == 2
-                lam = sweeps.adjoints(self.graph, local, loss) if second else {}
-                sweeps.stream(self.graph, local, lam, leaves, sums)
+                sweeps.stream(self.graph, local, loss, leaves, sums, second)
         return plan.result(float(loss), sums, request)
 
     def _directional(self, inputs: list[Tensor], times: int) -> list[Graph]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoanalysis.derivatives.tangents import attention
-from hoanalysis.derivatives.tangents.costs import active, tiled_attentions
+from hoanalysis.derivatives.tangents import attention, logits
+from hoanalysis.derivatives.tangents.costs import active, tiled_attentions, tiled_logits
 from hoanalysis.derivatives.tangents.graph import Graph, Key, Node, OtherBranch, guard_of, substitute
 from hoanalysis.derivatives.tangents.groups import Groups, Sums, rows, union
 from hoanalysis.derivatives.tangents.rules import Local, Stack, Stacks
@@ -48,10 +48,10 @@ def forward(graph: Graph, inputs: list[Tensor], order: int) -> tuple[list[Any], 
     return values, local
 
 
-def adjoints(graph: Graph, local: Locals, loss: Tensor) -> dict[int, Tensor]:
-    """lam of every curved node."""
+def adjoints(graph: Graph, local: Locals, loss: Tensor, lowest: int = 0) -> dict[int, Tensor]:
+    """lam of every curved node from ``lowest`` on."""
     lam: dict[int, Tensor] = {graph.output: torch.ones_like(loss)}
-    for n in reversed(graph.nodes):
+    for n in reversed(graph.nodes[lowest:]):
         if n.index not in local or not n.needs_adjoint:
             continue
         for key, i in n.sources.items():
@@ -141,41 +141,52 @@ def _sum(parts: list[tuple[Groups, Tensor, tuple[Local, Key] | None]], n: Node) 
     return Stack(groups, out)
 
 
-def stream(graph: Graph, local: Locals, lam: Mapping[int, Tensor], leaves: Mapping[int, Stack], sums: Sums) -> None:
-    """D1, D2 and, where ``sums`` asks for it, the third diagonal, holding only the stacks still to be used."""
+def stream(
+    graph: Graph, local: Locals, loss: Tensor, leaves: Mapping[int, Stack], sums: Sums, second: bool = True
+) -> None:
+    """D1 and, where ``second`` is set, D2 and (where ``sums`` asks for it) the third diagonal, holding only the stacks
+    still to be used."""
     T: dict[int, Stack] = dict(leaves)
     bent: dict[int, Stack] = {}
     groups = active(graph, {i: leaf.groups for i, leaf in leaves.items()})
-    together = {a.output.index: a for a in tiled_attentions(graph, groups)} if lam else {}
-    inner = {n.index for a in together.values() for n in a.inner}
+    heads = {h.product.index: h for h in tiled_logits(graph, groups)}
+    cut_off = logits.below(graph, list(heads.values()))  # reached by no tangent
+    together = {a.output.index: a for a in tiled_attentions(graph, groups)} if second else {}
+    inner = {n.index for a in together.values() for n in a.inner} | cut_off
     last = list(graph.last_live_use)
     for i, source in ((i, source) for i, a in together.items() for source in a.sources):
         last[source] = max(last[source], i)  # q and k are used where the output is, after all that lies between
+    lam: dict[int, Tensor] = {}
+    if second or heads:
+        lam = adjoints(graph, local, loss, 0 if second else min(h.softmax.index for h in heads.values()))
     for n in graph.live_nodes():
         if n.index in inner:
             continue
         if (a := together.get(n.index)) is not None:
-            T[n.index], second = attention.stream(a, local, lam, T, bent, sums)
-            if second is not None and n.feeds_curved:
-                bent[n.index] = second
+            T[n.index], bend = attention.stream(a, local, lam, T, bent, sums)
+            if bend is not None and n.feeds_curved:
+                bent[n.index] = bend
             for i in a.sources:
                 if last[i] == n.index:
                     T.pop(i, None)
                     bent.pop(i, None)
             continue
         rule = local[n.index]
-        tangents = {key: T[i] for key, i in n.sources.items()}
-        if n.curved and lam:
-            rule.second(sums, lam[n.index], tangents)
-        if sums.diagonal is not None:
-            bents = {key: bent[i] for key, i in n.sources.items() if i in bent}
-            if n.curved:
-                rule.diagonal(sums, lam[n.index], tangents, bents)
-            if n.feeds_curved and (second := bend_node(n, rule, tangents, bents)) is not None:
-                bent[n.index] = second
-        T[n.index] = push_node(n, rule, tangents)
+        tangents = {key: T[i] for key, i in n.sources.items() if i not in cut_off}
+        bents = {key: bent[i] for key, i in n.sources.items() if i in bent}
+        if (head := heads.get(n.index)) is not None:
+            logits.stream(head, local, lam, tangents, bents, sums, second)
+        else:
+            if n.curved and second:
+                rule.second(sums, lam[n.index], tangents)
+            if sums.diagonal is not None:
+                if n.curved:
+                    rule.diagonal(sums, lam[n.index], tangents, bents)
+                if n.feeds_curved and (bend := bend_node(n, rule, tangents, bents)) is not None:
+                    bent[n.index] = bend
+            T[n.index] = push_node(n, rule, tangents)
         rule.release()
-        del tangents
+        del tangents, bents
         for i in set(n.sources.values()):
             if last[i] == n.index:
                 T.pop(i, None)
