@@ -5,8 +5,8 @@
 
 The operations are counted on the captured graph (`hoanalysis.derivatives.tangents.costs`). What one costs here is not a
 constant of the machine: small batches, masks and norms are far from a matrix product's speed. So one batch is timed for
-each partition and order of the study, where that takes at most `PATIENCE`; what would take longer is scaled from the
-trivial partition on the same graph. Standard errors over n batches scale as 1/sqrt(n).
+each partition and order of the study, where that should take at most `PATIENCE`; what would take longer is scaled from
+two coarser partitions on the same graph (`CALIBRATION`). Standard errors over n batches scale as 1/sqrt(n).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from hoanalysis.study import StudySpec
 from hoanalysis.summaries import Settings, Work
 
 PATIENCE = 20.0  # seconds that timing the batch of one setting may take
+CALIBRATION = (2, 8)  # groups of the settings that a slower one is scaled from
 PIECES = 8  # of the pilot batch, for its standard errors
 UNIT_FILE = 40_000  # bytes of a unit beside its arrays: labels, coordinates and attributes
 ORDERS = {"D1": Request(1), "D2": Request(2), "D2, diagonal of D3": Request(2, 3), "D3": Request(3)}
@@ -215,6 +216,7 @@ class Timed:
     timed: bool
     self_check: float
     measured: float
+    sweeps: float = 0.0  # bytes that were predicted
 
 
 class Pilot:
@@ -270,7 +272,7 @@ class Pilot:
         return engines.Task(self.problem, state, u, partition, request or work.settings.request, work.memory, "pilot")
 
     def _timed(self, work: Work) -> Timed:
-        batch = self.at(work)[2]
+        batch, gradient = self.at(work)[2:4]
         s = work.settings
         start = time.perf_counter()
         task = self.task(work)
@@ -280,21 +282,27 @@ class Pilot:
             engine = engines.fall_back(task, s.engine, reason)
         self.capture_seconds += time.perf_counter() - start
         gradients = self.gradients(engine, batch)
-        scaled = self.scaled(work, engine, gradients)
-        if scaled > PATIENCE:
-            size = resident() + self.sweep_bytes(engine, batch)
-            return Timed(engine.name, scaled, gradients, size, False, scaled / max(1, count_rows(batch) // 16), 0.0)
+        if gradients * gradient > PATIENCE:
+            return self.scaled(work, engine, gradients)
         reset_high_water()
         with heap.reused():
             try:
-                engine.batch(batch)
+                seconds = self.seconds_of(engine, work)
             except TangentsUnsupported as reason:
                 engine = engines.fall_back(task, s.engine, reason)
                 gradients = self.gradients(engine, batch)
-            seconds = min(_seconds(lambda: engine.batch(batch)) for _ in range(2))
+                seconds = self.seconds_of(engine, work)
             forward = _seconds(lambda: measured(engine, work.measure, batch)) if work.measure.what else 0.0
             check = _seconds(lambda: engines.self_check(task, engine)) if s.self_check else 0.0
         return Timed(engine.name, seconds, gradients, high_water() or resident(), True, check, forward)
+
+    def seconds_of(self, engine: engines.Engine, work: Work) -> float:
+        """One batch, once it is warm. A first call that takes long counts, less what is checked at a first call."""
+        batch, gradient = self.at(work)[2:4]
+        first = _seconds(lambda: engine.batch(batch))
+        if first > PATIENCE / 4:
+            return max(first / 2, first - (0.0 if work.settings.self_check else gradient))
+        return min(_seconds(lambda: engine.batch(batch)) for _ in range(2))
 
     def gradients(self, engine: engines.Engine, batch: Any) -> float:
         """The predicted cost of a batch, in gradients."""
@@ -302,21 +310,42 @@ class Pilot:
             return engine.predicted_gradients()
         return nested.predicted_gradients(len(engine.task.partition), engine.task.request)
 
-    def scaled(self, work: Work, engine: engines.Engine, gradients: float) -> float:
-        """The seconds of a batch from the trivial partition on the same graph, or from the gradient for nested."""
+    def scaled(self, work: Work, engine: engines.Engine, gradients: float) -> Timed:
+        """A batch that takes too long to be timed: of nested from the gradient; of tangents along the line through
+        the same request with the groups merged into few, which has what every request needs and what a group adds."""
         _, _, batch, gradient, _ = self.at(work)
-        if not isinstance(engine, engines.Tangents):
-            return gradients * gradient
-        key = ("calibration", str(work.dtype), work.settings.self_check)
+        rows = max(1, count_rows(batch) // engines.PROBE)
+        size = len(work.partition)
+        counts = [n for n in CALIBRATION if n < size]
+        if not isinstance(engine, engines.Tangents) or not counts:
+            seconds = gradients * gradient
+            size_bytes = resident() + self.sweep_bytes(engine, batch)
+            return Timed(engine.name, seconds, gradients, size_bytes, False, seconds / rows, 0.0)
+        points = [self.calibrated(work, n) for n in counts]
+        few, many = points[0], points[-1]
+        seconds = _along(gradients, [(p.gradients, p.seconds) for p in points])
+        sweeps = self.sweep_bytes(engine, batch)
+        size_bytes = max(many.bytes, _along(sweeps, [(p.sweeps, p.bytes) for p in points]))
+        check, forward = many.self_check * seconds / many.seconds, max(few.measured, many.measured)
+        return Timed(engine.name, seconds, gradients, size_bytes, False, check, forward)
+
+    def calibrated(self, work: Work, n: int) -> Timed:
+        """One batch of the same request with the groups merged into ``n``, timed."""
+        coarse = work.partition.merge(n)
+        key = ("calibration", coarse.fingerprint(), work.settings.request, str(work.dtype), work.settings.self_check)
         if key not in self.cache:
-            trivial = Partition.trivial(self.problem.model, work.settings.include_frozen)
-            small = engines.Tangents(self.task(work, trivial, Request(2)), check_all=work.settings.self_check)
+            s, batch = work.settings, self.at(work)[2]
+            task = self.task(work, coarse)
+            engine = engines.Tangents(task, check_all=s.self_check)
+            reset_high_water()
             with heap.reused():
-                small.batch(batch)
-                seconds = min(_seconds(lambda: small.batch(batch)) for _ in range(3))
-            count = self.gradients(small, batch) + work.settings.self_check
-            self.cache[key] = Timed("tangents", seconds / count, count, 0.0, True, 0.0, 0.0)
-        return self.cache[key].seconds * (gradients + work.settings.self_check)
+                seconds = self.seconds_of(engine, work)
+                forward = _seconds(lambda: measured(engine, work.measure, batch)) if work.measure.what else 0.0
+                check = _seconds(lambda: engines.self_check(task, engine)) if s.self_check else 0.0
+            count, sweeps = self.gradients(engine, batch), self.sweep_bytes(engine, batch)
+            high = high_water() or resident()
+            self.cache[key] = Timed("tangents", seconds, count, high, True, check, forward, sweeps)
+        return self.cache[key]
 
     def sweep_bytes(self, engine: engines.Engine, batch: Any) -> float:
         """Peak memory of the sweeps, beyond what is resident now, in the chunks that the engine takes."""
@@ -349,7 +378,8 @@ class Pilot:
         per_batch = one.seconds + one.measured
         if work.unconditional:
             per_batch += 2 * math.comb(len(work.partition) + s.order - 2, max(0, s.order - 1)) * gradient
-        seconds = (total - done) * (each + one.self_check + batches * per_batch) + passes * gradient
+        compared = 0.0 if s.self_check or one.engine != "tangents" else gradient  # with eager torch, at each checkpoint
+        seconds = (total - done) * (each + compared + one.self_check + batches * per_batch) + passes * gradient
         arrays = sum(len(work.partition) ** d for d in range(s.order + 1)) * 8
         shards = max(len(step["units"]) for step in steps)
         disk = (total - done) * (shards * (UNIT_FILE + 4 * arrays) + s.keep_batches * arrays)
@@ -476,6 +506,18 @@ class Pilot:
             along = gradient if work.direction_name == "gradient" else 0.0
             total += count * (each + one.self_check + n * (one.seconds + one.measured + along))
         return total
+
+
+def _along(x: float, points: list[tuple[float, float]]) -> float:
+    """The value at ``x`` of the line through the first and the last point, which neither falls nor starts below zero.
+
+    >>> _along(10, [(1, 5), (3, 9)]), _along(10, [(1, 1), (3, 9)]), _along(10, [(1, 5), (3, 4)])
+    (23.0, 30.0, 5.0)
+    """
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    slope = max(0.0, (y1 - y0) / (x1 - x0)) if x1 > x0 else 0.0
+    slope = min(slope, y1 / x1)
+    return max(y0, y1) + slope * (x - x1)
 
 
 # ---- the process, and what users write -----------------------------------------------------------------------------
