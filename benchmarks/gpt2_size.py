@@ -11,7 +11,8 @@ resident size of that process (VmHWM). Its time is that of a call of `ho.summari
 self-check, after the capture of the graph, and in units of one gradient: the median of three before the call and three
 after it. The first call of a process also compares the graph with eager PyTorch; calls that take less than `AGAIN` are
 made once more, and the second, which does not, is told beside. In another process `ho.estimate` says
-what the row will take.
+what the row will take. With ``--what counted`` rows are not run: their operations are counted on the graph, and their
+time and memory extrapolated from a row of fewer layers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LENGTH = 256
 PARTITIONS = ("kind", "block", "layer")  # block: one group a transformer block, and one each for what is around them
 QUANTITIES = {"D2": (2, None), "D2 + diag D3": (2, 3)}
 AGAIN = 60.0
+DONE = {"measured": "seconds", "predicted": "predicted_seconds", "counted": "flops"}  # and what a row has after it
 
 
 def subject(layers: int, partition: str, quantity: str, memory: str) -> tuple[Any, Callable, dict[str, Any]]:
@@ -75,7 +77,9 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     options |= {"direction": u, "self_check": False}
     work = Work(problem, Settings(**options))
     task = Task(problem, work.state(None), u, work.partition, work.settings.request, work.memory)
-    captured = _seconds(lambda: Tangents(task).cost(problem.first_batch()))
+    start = time.perf_counter()
+    cost = Tangents(task).cost(problem.first_batch())
+    captured = time.perf_counter() - start
     order = options.pop("order")
 
     def call() -> None:
@@ -94,7 +98,23 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
         "again": again,
         "gradient_bytes": before,
         "bytes": high,
+        "flops": cost.flops,
+        "sweep_bytes": cost.bytes,
     }
+
+
+def counted(row: dict[str, Any]) -> dict[str, Any]:
+    """The operations and bytes of the sweeps of a row that is not run, from its graph."""
+    from hoanalysis.derivatives.engines import Tangents, Task
+    from hoanalysis.summaries import Settings, Work
+
+    problem, _, options = subject(**row)
+    work = Work(problem, Settings(**options, self_check=False))
+    state = work.state(None)
+    task = Task(problem, state, state.parameters, work.partition, work.settings.request, work.memory)
+    cost = Tangents(task).cost(problem.first_batch())
+    parameters = sum(p.numel() for p in problem.model.parameters())
+    return {"S": len(work.partition), "parameters": parameters, "flops": cost.flops, "sweep_bytes": cost.bytes}
 
 
 def predicted(row: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +203,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def extrapolated(rows: list[dict[str, Any]]) -> str:
+    """Rows that were counted and not run, by the row of the same partition and quantity with the most layers that was:
+    seconds in proportion to the operations, memory by the bytes of the sweeps and of four copies of the parameters."""
+    lines = ["| layers | partition | S | quantity | time | peak memory | from |", "|---" * 7 + "|"]
+    for r in (r for r in rows if "seconds" not in r and "flops" in r):
+        same = [m for m in rows if "seconds" in m and all(m[k] == r[k] for k in ("partition", "quantity"))]
+        if not same:
+            continue
+        m = max(same, key=lambda m: m["layers"])
+        seconds = m["seconds"] * r["flops"] / m["flops"]
+        size = m["bytes"] + r["sweep_bytes"] - m["sweep_bytes"] + 16 * (r["parameters"] - m["parameters"])
+        cells = [r["layers"], r["partition"], r["S"], r["quantity"], f"{seconds:.0f} s", f"{size / 2**30:.1f} GiB"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{m['layers']} layers"])) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
@@ -191,7 +227,7 @@ def main() -> None:
     parser.add_argument("--memory", default="14GiB", help="budget of the derivatives of the batch")
     parser.add_argument("--rows", type=Path, help="a file of rows, read before and added to")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no row is begun after so many")
-    parser.add_argument("--what", nargs="+", choices=("measured", "predicted"), default=["measured", "predicted"])
+    parser.add_argument("--what", nargs="+", choices=tuple(DONE), default=["measured", "predicted"])
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -206,13 +242,14 @@ def main() -> None:
         row = next((r for r in rows if all(r[n] == wanted[n] for n in names)), None)
         if row is None:
             rows.append(row := dict(wanted))
-        for what, key in (("measured", "seconds"), ("predicted", "predicted_seconds")):
+        for what, key in DONE.items():
             if what in args.what and key not in row and time.perf_counter() - begun < args.seconds:
                 row |= in_process(what, wanted)
                 print(json.dumps(row), flush=True)
                 if args.rows:
                     args.rows.write_text("".join(json.dumps(r) + "\n" for r in rows))
     print(markdown([r for r in rows if "seconds" in r]))
+    print(extrapolated(rows))
 
 
 if __name__ == "__main__":
