@@ -302,7 +302,9 @@ class Pilot:
         first = _seconds(lambda: engine.batch(batch))
         if first > PATIENCE / 4:
             return max(first / 2, first - (0.0 if work.settings.self_check else gradient))
-        return min(_seconds(lambda: engine.batch(batch)) for _ in range(2))
+        seconds = min(_seconds(lambda: engine.batch(batch)) for _ in range(2))
+        self.capture_seconds += max(0.0, first - seconds)  # of a process's first call: code and memory that are new
+        return seconds
 
     def gradients(self, engine: engines.Engine, batch: Any) -> float:
         """The predicted cost of a batch, in gradients."""
