@@ -7,8 +7,8 @@
 
 A run is a (task, method, setting, seed). Its result is a file under build/optimizers/ as soon as it ends: stop the
 command and call it again, and it goes on. Each method has a grid of four settings on every task, and as many steps and
-runs as any other: the grid on seed 0, which nothing is reported of, then the setting of the lowest final training loss
-on the seeds 1 to 3. `SummaryNewton` in its default setting is trained on these seeds whether it was chosen or not.
+runs as any other: the grid on seed 10, which nothing is reported of, then the setting of the lowest final training loss
+on the seeds 0 to 2. `SummaryNewton` in its default setting is trained on these seeds whether it was chosen or not.
 
 One thread; times are CPU seconds, so that other work on the machine adds little to them. SOAP is of pytorch_optimizer.
 """

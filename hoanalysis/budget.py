@@ -28,7 +28,7 @@ from hoanalysis import schema
 from hoanalysis.derivatives import engines, heap, nested
 from hoanalysis.derivatives.chunks import chunks
 from hoanalysis.derivatives.common import Request
-from hoanalysis.derivatives.measured import measured
+from hoanalysis.derivatives.measured import forward_passes, measured
 from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.errors import ArgumentError, HoError
 from hoanalysis.partitions import Partition
@@ -283,7 +283,11 @@ class Pilot:
         self.capture_seconds += time.perf_counter() - start
         gradients = self.gradients(engine, batch)
         if gradients * gradient > PATIENCE:
-            return self.scaled(work, engine, gradients)
+            try:
+                return self.scaled(work, engine, gradients)
+            except TangentsUnsupported as reason:
+                engine = engines.fall_back(task, s.engine, reason)
+                return self.scaled(work, engine, self.gradients(engine, batch))
         reset_high_water()
         with heap.reused():
             try:
@@ -324,19 +328,20 @@ class Pilot:
             size_bytes = resident() + self.sweep_bytes(engine, batch)
             return Timed(engine.name, seconds, gradients, size_bytes, False, seconds / rows, 0.0)
         points = [self.calibrated(work, n) for n in counts]
-        few, many = points[0], points[-1]
+        many = points[-1]
         seconds = _along(gradients, [(p.gradients, p.seconds) for p in points])
         sweeps = self.sweep_bytes(engine, batch)
         size_bytes = max(many.bytes, _along(sweeps, [(p.sweeps, p.bytes) for p in points]))
-        check, forward = many.self_check * seconds / many.seconds, max(few.measured, many.measured)
+        check = many.self_check * seconds / many.seconds
+        forward = many.measured * forward_passes(work.measure, size) / forward_passes(work.measure, counts[-1])
         return Timed(engine.name, seconds, gradients, size_bytes, False, check, forward)
 
     def calibrated(self, work: Work, n: int) -> Timed:
         """One batch of the same request with the groups merged into ``n``, timed."""
         coarse = work.partition.merge(n)
-        key = ("calibration", coarse.fingerprint(), work.settings.request, str(work.dtype), work.settings.self_check)
+        s, batch = work.settings, self.at(work)[2]
+        key = ("calibration", coarse.fingerprint(), s.request, str(work.dtype), work.measure, s.self_check, s.memory)
         if key not in self.cache:
-            s, batch = work.settings, self.at(work)[2]
             task = self.task(work, coarse)
             engine = engines.Tangents(task, check_all=s.self_check)
             reset_high_water()

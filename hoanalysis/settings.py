@@ -82,7 +82,7 @@ def _of_tensor(t: Tensor) -> tuple[Same, int]:
 
 def _of_array(a: np.ndarray, seen: set[int]) -> tuple:
     if a.dtype.hasobject:
-        return a.shape, of_value(a.ravel().tolist(), seen)
+        return a.shape, tuple(of_value(v, seen) for v in a.ravel().tolist())
     return a.shape, a.dtype.str, hashlib.blake2b(a.tobytes()).digest()
 
 
@@ -93,9 +93,17 @@ def _bound(fn: types.FunctionType) -> Iterator[Any]:
     for cell in fn.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents
-    for name in fn.__code__.co_names:
+    for name in dict.fromkeys(_names(fn.__code__)):
         if isinstance(value := fn.__globals__.get(name, fn), _DATA):
             yield value
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Also those in comprehensions and functions within."""
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _names(const)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -589,8 +589,8 @@ class Work:
         for i, failure in sorted(failed.items()):
             keys = plan["steps"][i]["units"]
             there = sum(canonical(key) in made for key in keys)
-            what = f"holds {there} of {len(keys)} shards of the data" if there else "is NaN"
-            warnings.warn(f"step {run.steps[i]} {what}: {failure}", stacklevel=4)
+            what = f", with {there} of {len(keys)} shards of its data" if there else ""
+            warnings.warn(f"step {run.steps[i]} is NaN{what}: {failure}", stacklevel=4)
         if not failed:
             self.refuse_gaps_alone(made.values())
         return made

@@ -315,7 +315,7 @@ def _row(
     s = len(plan["groups"]["label"])
     sizes = {schema.TAU: len(plan.get("taus", ())), schema.NODE: len(plan.get("nodes", ()))}
     row: Row = {}
-    if shards:
+    if shards and len(shards) == len(step["units"]):  # sums over a part of the data are not those of the step
         unit = add_shards(shards)
         row |= summary(unit, plan["reduction"])
         row |= {k: ((schema.GROUP,), unit.variables[k].values) for k in schema.GROUP_COORDS_BY_STEP}
@@ -326,10 +326,10 @@ def _row(
             row |= dict.fromkeys((k, schema.error_of(k)), (dims, np.full([sizes.get(d, s) for d in dims], np.nan)))
         row |= dict.fromkeys(schema.GROUP_COORDS_BY_STEP, ((schema.GROUP,), np.full(s, np.nan)))
         n_batches = n_samples = 0
-    checks = [f.get("self_check", np.nan) for f in own]
+    checks, ran = [f.get("self_check", np.nan) for f in own], [f.get("engine", "") for f in own]
     scalars = {
         "sha256": step.get("sha256", ""),
-        "engine": own[0].get("engine", "") if own else "",
+        "engine": "nested" if "nested" in ran else next(iter(ran), ""),
         "engine_detail": "; ".join(dict.fromkeys(n for f in own for n in f.get("engine_detail", "").split("; ") if n)),
         "direction_detail": _told(own[0].get("direction", {})) if own else "",
         "stopping": own[0].get("stopping", "") if own else "",

@@ -15,8 +15,9 @@ from torch import nn
 import hoanalysis as ho
 from hoanalysis import schema, summaries
 from hoanalysis.analysis.errorbars import error_over_blocks
+from hoanalysis.derivatives import engines
 from hoanalysis.derivatives.accumulate import settled
-from hoanalysis.derivatives.measured import MEASURES
+from hoanalysis.derivatives.measured import MEASURES, Measure, forward_passes, measured
 from hoanalysis.directions import MULTIPLES, RATES
 from hoanalysis.errors import ArgumentError, HoError
 from hoanalysis.study import StudySpec
@@ -52,6 +53,24 @@ def losses(model: nn.Module, batches: list, move: dict[str, torch.Tensor]) -> np
 def summarize(model: nn.Module, batches: list, **options) -> xr.Dataset:
     problem = ho.Problem(model, batches, F.cross_entropy)
     return ho.summarize(problem, 1, **{"progress": False, "self_check": False, "measure": ALL, **options})
+
+
+@pytest.mark.parametrize("what", [(), ("along",), ("removed",), ("pairs",), ALL, (*ALL, "path")])
+def test_the_forward_passes_are_counted(what, monkeypatch):
+    problem = ho.Problem(make_model(), make_batches()[:1], F.cross_entropy)
+    work = summaries.Work(problem, summaries.Settings(1, direction="weights"))
+    state = work.state(None)
+    task = engines.Task(problem, state, dict(state.parameters), work.partition, work.settings.request, 2**30)
+    calls, value, gradient = [0.0], problem.batch_value, torch.autograd.grad
+
+    def counted(f, cost):
+        return lambda *args, **kwargs: [calls.append(calls.pop() + cost), f(*args, **kwargs)][1]
+
+    monkeypatch.setattr(problem, "batch_value", counted(value, 1))
+    monkeypatch.setattr(torch.autograd, "grad", counted(gradient, 2))
+    wanted = Measure(what, (0.5, 1.0, 2.0), (0.1, 0.9))
+    measured(engines.Nested(task), wanted, problem.first_batch())
+    assert calls[0] == (forward_passes(wanted, len(work.partition)) if what else 0)
 
 
 def check(ds: xr.Dataset, change: str, index: tuple, model: nn.Module, batches: list, move: dict) -> None:

@@ -46,7 +46,7 @@ GLOBAL = {"k": 1.0}
 
 
 def of_a_global(output, target):
-    return F.cross_entropy(GLOBAL["k"] * output, target)
+    return F.cross_entropy(sum(factor * GLOBAL["k"] for factor in (0.5, 0.5)) * output, target)
 
 
 HELD, HELD_ARRAY = {"k": 1.0}, {"k": np.ones(2)}

@@ -346,10 +346,18 @@ def test_a_missing_shard_counts_in_the_coverage(tmp_path):
     ds = assemble(plan_of([0, 1], shards=2), reader(units))
     check_schema(ds, tmp_path)
     assert ds.attrs["coverage"] == 3 / 4
-    assert ds["n_batches"].values.tolist() == [6, 2]
+    assert ds["n_batches"].values.tolist() == [6, 0]
     np.testing.assert_allclose(ds["D2"].sel(step=0), plain(items, "D2")[0], rtol=1e-12)
-    np.testing.assert_allclose(ds["D2"].sel(step=1), plain(items[4:], "D2")[0], rtol=1e-12)
+    assert ds["D2"].sel(step=1).isnull().all()  # a part of the data is not shown as the whole
     assert ds.attrs["n_samples"] == sum(rows for _, _, rows in items)
+
+
+def test_a_shard_that_nested_computed_makes_the_step_one_of_nested():
+    engines = {0: ("tangents", ""), 1: ("nested", "nested instead of tangents")}
+    units = {(0, k): unit_of(batches(3), engine=e, engine_detail=why) for k, (e, why) in engines.items()}
+    ds = assemble(plan_of([0], shards=2), reader(units))
+    assert ds["engine"].item() == "nested"
+    assert ds["engine_detail"].item() == "nested instead of tangents"
 
 
 def test_the_worst_self_check_of_the_shards_is_told():

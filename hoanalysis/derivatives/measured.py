@@ -49,6 +49,13 @@ class Measure:
 NOTHING = Measure()
 
 
+def forward_passes(measure: Measure, groups: int) -> int:
+    """Forward passes of one batch; a gradient counts as three."""
+    what = set(measure.what)
+    count = 1 + len(measure.taus) * ("along" in what) + groups * bool({"removed", "pairs"} & what)
+    return count + groups * (groups - 1) // 2 * ("pairs" in what) + 3 * len(measure.nodes) * ("path" in what)
+
+
 def measured(engine: Engine, measure: Measure, batch: Batch) -> dict[str, np.ndarray]:
     """The changes of the loss of one batch (already cast): quantity -> (tau,), (S,), (S, S), (node,) or
     (node, S).

@@ -348,7 +348,7 @@ class SummaryNewton(torch.optim.Optimizer):
         self._steps, self.status = own["steps"], own["status"]
         self._eta = None if own["eta"] is None else np.array(own["eta"], dtype=float)
         self._lengths = np.array(own["lengths"], dtype=float)
-        self._slopes_weight, *slopes = own["slopes"]
+        self._slopes_weight, *slopes = own.get("slopes", [0.0] * (1 + len(self.partition)))  # none in earlier versions
         self._slopes = np.array(slopes, dtype=float)
         self.information.load_state_dict(own["information"])
 

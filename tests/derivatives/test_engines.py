@@ -1,5 +1,7 @@
 """Which engine runs, in which chunks, and what is said about it; both engines on both shipped runs."""
 
+import ctypes
+import gc
 import os
 import re
 import threading
@@ -249,15 +251,17 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
 @pytest.mark.parametrize("order", [2, 3])
 def test_peak_memory_keeps_to_the_budget(order: int) -> None:
-    """A VGG-11' of quarter width on 256 images: the peak above the start is at most the budget plus 20 %.
+    """A VGG-11' of half width on 256 images: the peak above the start is at most the budget plus 20 %.
 
     In the long form the whole VGG-11' on 512 images, with a budget of 2 GiB.
     """
     torch.manual_seed(0)
-    images, model = (512, VGG11Prime()) if LONG else (256, VGG11Prime(width=0.25))
+    images, model = (512, VGG11Prime()) if LONG else (256, VGG11Prime(width=0.5))
     problem = ho.Problem(model, [(torch.randn(images, 3, 32, 32), torch.randint(0, 10, (images,)))], F.cross_entropy)
     u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    budget, start, peak, done = 2**31 if LONG else 2**27, resident(), [0], threading.Event()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier test has freed does not count as there before
+    budget, start, peak, done = 2**31 if LONG else 2**28, resident(), [0], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
