@@ -155,7 +155,7 @@ def test_a_process_that_is_killed_leaves_whole_files_of_its_latest_steps(tmp_pat
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         run = ho.open_run(folder)
-        assert len(run) >= 12
+        assert len(run) >= 11  # the slot that was being written may be torn
         latest = run.steps[-7:]
         assert latest == tuple(range(latest[0], latest[0] + 7))
         for checkpoint in run:

@@ -1,5 +1,7 @@
 """Capture: what is seen, what is refused and with which reason, and what a captured program may be used for."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -427,29 +429,26 @@ def test_poolings_of_all_kinds(options):
 # ---- teaching it an op ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cube():
-    """x^3 as an op of another library: its kernel is NumPy's, and it has a first derivative alone."""
-    with torch.library._scoped_library("hoanalysis_tests", "FRAGMENT") as library:
-        name = "hoanalysis_tests::cube"
+@functools.cache  # an op is registered once in a process
+def cube_of_another_library():
+    """x^3 with a kernel of NumPy's and a first derivative alone."""
 
-        @torch.library.custom_op(name, mutates_args=())
-        def cube(x: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(x.detach().numpy() ** 3)
+    @torch.library.custom_op("hoanalysis_tests::cube", mutates_args=())
+    def cube(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.detach().numpy() ** 3)
 
-        cube.register_fake(torch.empty_like)
+    def backward(ctx, g):
+        return g * torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2)
 
-        def backward(ctx, g):
-            return g * torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2)
-
-        cube.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
-        yield torch.ops.hoanalysis_tests.cube.default
-        del library
+    cube.register_fake(torch.empty_like)
+    cube.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))
+    return torch.ops.hoanalysis_tests.cube.default
 
 
 @pytest.mark.parametrize("taught", [False, True])
-def test_an_op_is_taught_by_one_registered_class(cube, taught, monkeypatch):
+def test_an_op_is_taught_by_one_registered_class(taught, monkeypatch):
     """Its rule gives what torch does not know; without one the missing derivatives are noticed."""
+    cube = cube_of_another_library()
     monkeypatch.setattr(base, "_RULES", dict(base._RULES))
     if taught:
 
