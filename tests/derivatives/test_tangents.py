@@ -113,6 +113,18 @@ def test_losses(name):
     compare(loss_case(name))
 
 
+def test_a_count_divides_in_the_dtype_of_the_loss():
+    """One over a count is of torch's default dtype, in which a third is known to eight digits."""
+    case = loss_case("over a count")
+    problem, state, u, partition = case.ready()
+    c = torch.randn(len(partition))
+    torch.set_default_dtype(torch.float32)
+    first, second, _ = nested(problem, state, u, partition, case.batch, c)
+    found = capture(problem, state, case.batch).derivatives(state, u, partition, case.batch, Request(2))
+    close(found.tensors[1], first)
+    close(found.tensors[2], second)
+
+
 @pytest.mark.parametrize("name", ["mlp tanh", "vit", "gpt tied", "tied", "resnet"])
 @pytest.mark.parametrize("kind", ["layer", "kind", "trivial", "split"])
 def test_partitions(name, kind):
