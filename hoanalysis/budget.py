@@ -1,22 +1,25 @@
 """Before a study is paid for: its seconds, peak memory and disk, and the cheapest change that fits a budget.
 
-    seconds = sum over settings and missing checkpoints of  fixed + batches * (derivatives + check + measured)
+    seconds = once + sum over settings and missing checkpoints of  fixed + unit + batches * (derivatives + measured)
     derivatives of another partition or order = those of the pilot * predicted operations / those of the pilot
 
 The operations are counted on the captured graph (`hoanalysis.derivatives.tangents.costs`). What one costs here is not a
 constant of the machine: small batches, masks and norms are far from a matrix product's speed. So one batch is timed for
 each partition and order of the study, where that should take at most `PATIENCE`; what would take longer is scaled from
-two coarser partitions on the same graph (`CALIBRATION`). Standard errors over n batches scale as 1/sqrt(n).
+two coarser partitions on the same graph (`CALIBRATION`). Once: reading the study and its data, capture, and what first
+calls load. A unit of the study's shape is written and read, in a folder that is removed, to know its seconds and bytes.
+Standard errors over n batches scale as 1/sqrt(n).
 """
 
 from __future__ import annotations
 
 import math
 import re
-import time
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hoanalysis import schema
+from hoanalysis import schema, units
 from hoanalysis.derivatives import engines, heap, nested
 from hoanalysis.derivatives.chunks import chunks
 from hoanalysis.derivatives.common import Request
@@ -33,14 +36,14 @@ from hoanalysis.derivatives.tangents import TangentsUnsupported
 from hoanalysis.errors import ArgumentError, HoError
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem, count_rows, full_precision
-from hoanalysis.store import Store, is_store
+from hoanalysis.shards import block_length
+from hoanalysis.store import Store, export, is_store
 from hoanalysis.study import StudySpec
 from hoanalysis.summaries import Settings, Work
 
 PATIENCE = 20.0  # seconds that timing the batch of one setting may take
 CALIBRATION = (2, 8)  # groups of the settings that a slower one is scaled from
 PIECES = 8  # of the pilot batch, for its standard errors
-UNIT_FILE = 40_000  # bytes of a unit beside its arrays: labels, coordinates and attributes
 ORDERS = {"D1": Request(1), "D2": Request(2), "D2, diagonal of D3": Request(2, 3), "D3": Request(3)}
 COARSER = ("layer", "kind", "trivial")
 
@@ -92,7 +95,7 @@ class Estimate:
     """What a study costs. ``frame()`` is a table of its settings, ``by_order()`` one of orders and engines."""
 
     lines: tuple[Line, ...]
-    beside: float  # seconds: what is done once (curvature, capture)
+    beside: float  # seconds: what is done once (the study and its data read, capture, first calls) and curvature
     orders: pd.DataFrame
     changes: tuple[Change, ...] = ()
 
@@ -169,6 +172,7 @@ def estimate(
         Where the study cannot be computed, or a budget cannot be read.
     """
     limits = Limits(None if time is None else seconds_of(time), None if memory is None else bytes_of(memory))
+    start = perf_counter()
     if isinstance(study, Problem):
         problem, run, curvature = study, None, None
         all_settings = [Settings(**options)]
@@ -178,12 +182,16 @@ def estimate(
         spec = study if isinstance(study, StudySpec) else StudySpec.read(study)
         problem, run, curvature = spec.problem(), spec.run(), spec.curvature()
         all_settings = [Settings(**o) for o in spec.settings()]
-    pilot = Pilot(problem, run)
     works = [Work(problem, s) for s in all_settings]
+    if run is not None:
+        for work in works:
+            work.plan(work.steps(run), series=True)  # digests of the checkpoints and the data, which a study needs too
+    opening = perf_counter() - start if run is not None else 0.0
+    pilot = Pilot(problem, run)
     opened = Store.open(store, mode="r") if store is not None and is_store(store) else None
     shared: dict[str, int] = {}  # gradients of whole passes are computed once for all partitions
     lines = tuple(pilot.line(work, opened, shared) for work in works)
-    beside = pilot.capture_seconds + (pilot.curvature_seconds(curvature) if curvature else 0.0)
+    beside = opening + pilot.once_seconds + (pilot.curvature_seconds(curvature) if curvature else 0.0)
     found = Estimate(lines, beside, pilot.by_order(works[0]))
     return replace(found, changes=tuple(pilot.changes(works, found, limits))) if limits.given else found
 
@@ -205,6 +213,15 @@ class Limits:
         return in_time and (self.bytes is None or size <= self.bytes)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What is done with the results of a checkpoint, and with those of all at the end."""
+
+    seconds: float  # to publish and to read one
+    export: float  # seconds to export the Dataset of them
+    bytes: int  # of its file
+
+
 @dataclass
 class Timed:
     """One batch of one partition and request."""
@@ -224,32 +241,33 @@ class Pilot:
 
     def __init__(self, problem: Problem, run: Any) -> None:
         self.problem, self.run = problem, run
-        start = time.perf_counter()
+        start = perf_counter()
         self.checkpoint = None if run is None else run[0]
-        self.load_seconds = time.perf_counter() - start
+        self.load_seconds = perf_counter() - start
         self.batches = sum(1 for _ in problem.batches())
         of = problem.of_direction()
         self.direction_batches = self.batches if of is problem else sum(1 for _ in of.batches())
-        self.capture_seconds = 0.0
+        self.once_seconds = 0.0
         self.cache: dict[Any, Timed] = {}
+        self.units: dict[Any, Unit] = {}
         self._fixed: dict[Any, tuple[Any, dict[str, Tensor], Any, float, float]] = {}
 
     def at(self, work: Work) -> tuple[Any, dict[str, Tensor], Any, float, float]:
         """State, a direction, the batch, the seconds of its gradient and of what each checkpoint needs."""
         key = (str(work.dtype), work.settings.include_frozen)
         if key not in self._fixed:
-            start = time.perf_counter()
+            start = perf_counter()
             state = work.state(self.checkpoint)
             self.problem.check_deterministic(state)
-            each = self.load_seconds + time.perf_counter() - start
+            each = self.load_seconds + perf_counter() - start
             batch = self.problem.cast(self.problem.first_batch(), state.dtype)
             u, seconds = {}, math.inf
             for _ in range(3):
-                start = time.perf_counter()
+                start = perf_counter()
                 leaves = {n: p.detach().requires_grad_() for n, p in state.parameters.items()}
                 loss = self.problem.batch_value(leaves, state, batch)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                seconds = min(seconds, time.perf_counter() - start)
+                seconds = min(seconds, perf_counter() - start)
                 grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), found, strict=True)]
                 u = {n: g.detach() for n, g in zip(leaves, grads, strict=True)}
             self._fixed[key] = (state, u, batch, seconds, each)
@@ -274,13 +292,13 @@ class Pilot:
     def _timed(self, work: Work) -> Timed:
         batch, gradient = self.at(work)[2:4]
         s = work.settings
-        start = time.perf_counter()
+        start = perf_counter()
         task = self.task(work)
         try:
             engine = engines.choose(task, s.engine, check_all=s.self_check)
         except TangentsUnsupported as reason:
             engine = engines.fall_back(task, s.engine, reason)
-        self.capture_seconds += time.perf_counter() - start
+        self.once_seconds += perf_counter() - start
         gradients = self.gradients(engine, batch)
         if gradients * gradient > PATIENCE:
             try:
@@ -307,7 +325,7 @@ class Pilot:
         if first > PATIENCE / 4:
             return max(first / 2, first - (0.0 if work.settings.self_check else gradient))
         seconds = min(_seconds(lambda: engine.batch(batch)) for _ in range(2))
-        self.capture_seconds += max(0.0, first - seconds)  # of a process's first call: code and memory that are new
+        self.once_seconds += max(0.0, first - seconds)  # of a process's first call: code and memory that are new
         return seconds
 
     def gradients(self, engine: engines.Engine, batch: Any) -> float:
@@ -387,15 +405,51 @@ class Pilot:
             per_batch += 2 * math.comb(len(work.partition) + s.order - 2, max(0, s.order - 1)) * gradient
         compared = 0.0 if s.self_check or one.engine != "tangents" else gradient  # with eager torch, at each checkpoint
         seconds = (total - done) * (each + compared + one.self_check + batches * per_batch) + passes * gradient
-        arrays = sum(len(work.partition) ** d for d in range(s.order + 1)) * 8
-        shards = max(len(step["units"]) for step in steps)
-        disk = (total - done) * (shards * (UNIT_FILE + 4 * arrays) + s.keep_batches * arrays)
+        disk = 0.0
+        if self.run is not None:
+            unit, shards = self.unit(work, batches), max(len(step["units"]) for step in steps)
+            seconds += (total - done) * shards * unit.seconds + unit.export
+            disk = float((total - done) * shards * unit.bytes)
         if passes and self.run is not None:
             disk += (total - done) * sum(p.numel() * p.element_size() for p in self.at(work)[0].parameters.values())
         return Line(
             work.direction_name, work.partition.name, len(work.partition), s.order, s.diagonal, one.engine, total,
             done, batches, one.gradients, seconds, one.bytes, disk, one.timed, self.errors(work, batches),
         )  # fmt: skip
+
+    def unit(self, work: Work, batches: int) -> Unit:
+        """A unit of the setting's shape, published, read and exported. Twice: what the first call loads counts once."""
+        shards = len(work.shards())
+        key = (work.name, work.settings.request, work.settings.keep_batches, work.measure, batches, shards)
+        if key not in self.units:
+            with tempfile.TemporaryDirectory() as folder:
+                found = [self._unit(work, Path(folder) / str(k), -(-batches // shards)) for k in range(2)]
+            self.once_seconds += max(0.0, found[0].seconds + found[0].export - found[1].seconds - found[1].export)
+            self.units[key] = found[1]
+        return self.units[key]
+
+    def _unit(self, work: Work, folder: Path, batches: int) -> Unit:
+        s = work.settings
+        address = {"kind": "pilot"}
+        plan = work.plan([{"step": 0, "sha256": "", "units": [address]}], series=True)
+        sizes = {schema.TAU: len(plan.get("taus", ())), schema.NODE: len(plan.get("nodes", ()))}
+        shapes = {
+            k: [sizes.get(d, len(work.partition)) for d in schema.dims_of(k, n)] for k, n in plan["quantities"].items()
+        }
+        start = perf_counter()
+        sums = units.Accumulator(s.keep_batches)
+        for _ in range(-(-batches // block_length(batches, s.keep_batches)) if s.keep_batches else 1):  # a block each
+            sums.add({k: np.ones(shape) for k, shape in shapes.items()}, 1.0, 1)
+        norms = {k: np.ones(len(work.partition)) for k in schema.GROUP_COORDS_BY_STEP}
+        with Store.open(folder, mode="w") as store:
+            store.publish(address, sums.unit(norms, {"engine": "tangents", "self_check": 0.0}))
+            size = sum(p.stat().st_size for p in (folder / "units").iterdir())
+            read = store.read(address)
+            taken = perf_counter() - start
+            ds = units.assemble(plan, lambda _: read)
+            start = perf_counter()
+            export(ds, folder / "pilot.nc")
+        return Unit(taken, perf_counter() - start, size)
 
     def errors(self, work: Work, batches: int) -> dict[str, float]:
         """Relative standard errors over all batches, from the pilot batch in pieces: they scale as 1/sqrt(n)."""
@@ -491,8 +545,8 @@ class Pilot:
     def fewer(self, works: list[Work], now: Estimate, limits: Limits) -> Change | None:
         """So many batches as fit the time, with the standard errors that they imply."""
         assert limits.seconds is not None
-        fixed = self.of_batches(works, 0)
-        each = (self.of_batches(works, 100) - fixed) / 100
+        fixed = now.beside + self.of_batches(works, 0)
+        each = (self.of_batches(works, 100) - self.of_batches(works, 0)) / 100
         n = int((limits.seconds - fixed) / each) if each else 0
         if n < 1:
             return None
@@ -504,14 +558,17 @@ class Pilot:
         return Change(f"max_samples = {n * rows}", loses, seconds, now.bytes, limits.fit(seconds, now.bytes))
 
     def of_batches(self, works: list[Work], n: int) -> float:
-        """The seconds of all checkpoints with ``n`` batches each."""
-        total = self.capture_seconds
+        """The seconds of all checkpoints with ``n`` batches each, without what is done once."""
+        total = 0.0
         for work in works:
             one = self.timed(work)
             _, _, _, gradient, each = self.at(work)
             count = 1 if self.run is None else len(self.run)
             along = gradient if work.direction_name == "gradient" else 0.0
             total += count * (each + one.self_check + n * (one.seconds + one.measured + along))
+            if self.run is not None:
+                unit = self.unit(work, self.batches)
+                total += count * len(work.shards()) * unit.seconds + unit.export
         return total
 
 
@@ -531,9 +588,9 @@ def _along(x: float, points: list[tuple[float, float]]) -> float:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = perf_counter()
     call()
-    return time.perf_counter() - start
+    return perf_counter() - start
 
 
 def resident() -> float:
