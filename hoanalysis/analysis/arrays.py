@@ -129,7 +129,12 @@ def require_top(top: Any) -> None:
 
 def tensor(one: xr.Dataset, name: str) -> Array:
     """The variable ``name`` of one checkpoint as float64, axes in the order of the schema."""
-    return np.asarray(one[name].transpose(*_ordered(one[name].dims)).values, dtype=np.float64)
+    return np.asarray(stored(one, name), dtype=np.float64)
+
+
+def stored(one: xr.Dataset, name: str) -> NDArray[Any]:
+    """The same in the dtype that is stored: of a large tensor, select first and convert what is left."""
+    return one[name].transpose(*_ordered(one[name].dims)).values
 
 
 def _ordered(dims: Sequence[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from hoanalysis import schema
-from hoanalysis.analysis.arrays import Array, Blocks, Tensors, kept_blocks, require, tensor, tensors
+from hoanalysis.analysis.arrays import Array, Blocks, Tensors, kept_blocks, require, stored, tensor, tensors
 from hoanalysis.analysis.compare import INDEPENDENT, PAIRED
 from hoanalysis.analysis.errorbars import error_of_mean, jackknife
 from hoanalysis.analysis.groups import System, system
@@ -124,7 +124,7 @@ class Checkpoint:
         name = schema.derivative(order)
         require(self.one, name)
         members = [self.groups[g] for g in at]
-        values = self._cut(tensor(self.one, name), members)
+        values = self._cut(stored(self.one, name), members)
         blocks = self._blocks_of_slice(name, members, ["D1", "D2", SLICE] if scale_free else [SLICE])
         words = " x ".join(at)
         if scale_free:
@@ -134,7 +134,7 @@ class Checkpoint:
             return Estimate(self.labels, {"D2": self._d2(), SLICE: values}, blocks, function, None, title, units)
         error = None
         if not self.merges and schema.error_of(name) in self.one:
-            error = self._cut(tensor(self.one, schema.error_of(name)), members)
+            error = self._cut(stored(self.one, schema.error_of(name)), members)
         elif blocks is not None:
             error = error_of_mean(blocks.means(SLICE), blocks.weight)
         title = f"D{order}, slice of {words}"
@@ -206,9 +206,9 @@ class Checkpoint:
         return Estimate(self.labels, tensors(self.light, names), blocks, function, None, title, units)
 
     def _cut(self, values: Array, members: Sequence[list[int]], lead: int = 0) -> Array:
-        """Sum the trailing axes over the members of each u, then the two that remain over the groups."""
+        """Sum the trailing axes over the members of each u, then the two that remain over the groups; float64."""
         for m in reversed(members):
-            values = values[..., m].sum(-1)
+            values = values[..., m].astype(np.float64).sum(-1)
         if self.merges:
             for axis in (lead, lead + 1):
                 values = np.stack([values.take(m, axis).sum(axis) for m in self.groups.values()], axis)
@@ -216,9 +216,9 @@ class Checkpoint:
 
     def _blocks_of_slice(self, name: str, members: Sequence[list[int]], names: Sequence[str]) -> Blocks | None:
         """The kept blocks of what the slice is computed from: those that are filled in all of ``names``."""
-        if (stored := schema.blocks_of(name)) not in self.one:
+        if (blocks := schema.blocks_of(name)) not in self.one:
             return None
-        cut = self._cut(tensor(self.one, stored), members, lead=1)
+        cut = self._cut(stored(self.one, blocks), members, lead=1)
         return kept_blocks(
             self.light.assign({schema.blocks_of(SLICE): ((schema.BATCH, *schema.group_dims(2)), cut)}), names
         )
@@ -268,9 +268,10 @@ def _diagonal(one: xr.Dataset, members: list[list[int]]) -> Mapping[str, Any]:
     name, found = schema.diagonal(3), {}
     full = {name: "D3"} | ({schema.blocks_of(name): schema.blocks_of("D3")} if schema.blocks_of("D3") in one else {})
     for new, old in full.items():
-        values = tensor(one, old)
+        values = stored(one, old)
         lead = values.ndim - 3
-        parts = [values[..., m, :, :][..., :, m, :][..., :, :, m].sum((-3, -2, -1)) for m in members]
+        cubes: list[Any] = [(..., *np.ix_(m, m, m)) for m in members]
+        parts = [values[cube].astype(np.float64).sum((-3, -2, -1)) for cube in cubes]
         found[new] = ((*[schema.BATCH] * lead, schema.GROUP), np.stack(parts, -1), {"units": "loss"})
     return found
 

@@ -5,7 +5,6 @@ more than all the rest, and a slider is waited for.
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredText
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from hoanalysis.analysis.arrays import Array
 from hoanalysis.errors import HoError
+from hoanalysis.explorer.canvas import Canvas, Names
+from hoanalysis.explorer.canvas import png as packed
 from hoanalysis.explorer.session import TAUS, Session, View, told
 from hoanalysis.explorer.state import State
 from hoanalysis.explorer.words import nothing, sentence
@@ -44,8 +43,7 @@ NAME = 28  # letters of a group's name
 class Place:
     """A rectangle in inches within a figure.
 
-    ``layers``, where it is a list, takes the names of groups as pictures of their own, drawn once: text is most of the
-    time of a picture, and only numbers change when a slider moves. Otherwise they are drawn into the figure.
+    ``live``: of a picture that a slider draws again, in which names of groups are texts instead of labels of ticks.
     """
 
     figure: Figure
@@ -53,7 +51,7 @@ class Place:
     bottom: float
     width: float
     height: float
-    layers: list[Array] | None = None
+    live: bool = False
 
     def axes(self, left: float, bottom: float, right: float, top: float) -> Axes:
         """New axes with these margins."""
@@ -66,14 +64,13 @@ def panel(session: Session, state: State, name: str, **texts: str) -> bytes:
     """One panel by itself as PNG: ``"matrix"`` or one of `PANELS`; ``texts`` are stored in it."""
     width, height = MATRIX if name == "matrix" else SIDE
     figure = _empty(width, height)
-    place = Place(figure, 0, 0, width, height, layers=[])
-    _draw(session, state, name, place)
-    return png(figure, place.layers, **texts)
+    _draw(session, state, name, Place(figure, 0, 0, width, height, live=True))
+    return png(figure, **texts)
 
 
 def _empty(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI)
-    FigureCanvasAgg(figure)
+    Canvas(figure)
     return figure
 
 
@@ -91,24 +88,12 @@ def whole(session: Session, state: State) -> Figure:
     return figure
 
 
-def png(figure: Figure, layers: Sequence[Array] | None = None, **texts: str) -> bytes:
-    """The figure as PNG, with ``layers`` on top; a picture knows what it shows: ``texts``, and where its cells are."""
-    image = Image.fromarray(_pixels(figure))
-    for layer in layers or ():
-        image.alpha_composite(Image.fromarray(layer))
-    info = PngInfo()
-    for key, text in {**texts, "Cells": cells_of(figure)}.items():
-        info.add_itxt(key, text)
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "png", compress_level=1, pnginfo=info)
-    return out.getvalue()
-
-
-def _pixels(figure: Figure) -> Array:
+def png(figure: Figure, **texts: str) -> bytes:
+    """The figure as PNG; a picture knows what it shows: ``texts``, and where its cells are."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
-    return np.array(canvas.buffer_rgba())
+    return packed(np.asarray(canvas.buffer_rgba()), {**texts, "Cells": cells_of(figure)})
 
 
 def cells_of(figure: Figure) -> str:
@@ -162,7 +147,7 @@ def matrix(session: Session, view: View, place: Place) -> None:
     if stride > 1:
         ax.set_xlabel(f"each cell is the largest of {stride} × {stride} entries", fontsize="small", labelpad=70)
     _bar(place, ax, norm, f"[{style.unit(shown.units)}], dots: within 2 standard errors of 0")
-    ax.set_title(title, fontsize="medium")
+    ax.set_title(title, fontsize="medium", y=1.0)
 
 
 def _decimated(
@@ -182,8 +167,8 @@ def _decimated(
 
 def _square(place: Place, rows: Sequence[str], columns: Sequence[str]) -> Axes:
     """Axes with square cells, between the labels of both sides and the colour bar."""
-    left = 0.15 + LETTER * max(map(len, style.texts(rows, NAME)))
-    below = 0.15 + LETTER * max(map(len, style.texts(columns, NAME)))
+    left = 0.15 + LETTER * max(map(len, _texts(tuple(rows))))
+    below = 0.15 + LETTER * max(map(len, _texts(tuple(columns))))
     room = (place.width - left - 1.05, place.height - below - 0.6)
     cell = min(room[0] / len(columns), room[1] / len(rows))
     width, height = cell * len(columns), cell * len(rows)
@@ -196,40 +181,28 @@ def _name(
     """The names of groups on the left and below, every k-th where there are too many."""
     ax.tick_params(length=0)
     ax.set_frame_on(bool(not columns))
-    if place.layers is None:
-        _tick(ax, rows, columns, size)
+    every = -(-max(len(rows), len(columns)) // LABELS)
+    if not place.live:
+        _tick(ax, rows, columns, size, every)
         return
     ax.set_yticks([])
     if columns:
         ax.set_xticks([])
-    w, h = (float(x) for x in place.figure.get_size_inches())
-    box = tuple(float(x) for x in ax.get_position().bounds)
-    place.layers.append(_names(w, h, box, tuple(rows), tuple(columns), size))
+    left, below = (dict(list(enumerate(_texts(tuple(names))))[::every]) for names in (rows, columns))
+    ax.add_artist(Names(left, below, size))
 
 
-def _tick(ax: Axes, rows: Sequence[str], columns: Sequence[str], size: float | str) -> None:
-    every = -(-max(len(rows), len(columns)) // LABELS)
+def _tick(ax: Axes, rows: Sequence[str], columns: Sequence[str], size: float | str, every: int) -> None:
     for axis, names, turn in ((ax.xaxis, columns, 90), (ax.yaxis, rows, 0)):
         if names:
-            shown = style.texts(names, NAME)[::every]
+            shown = _texts(tuple(names))[::every]
             axis.set_ticks(range(0, len(names), every), labels=shown, rotation=turn, fontsize=size)
 
 
-@lru_cache(maxsize=16)
-def _names(
-    width: float, height: float, box: tuple[float, ...], rows: tuple[str, ...], columns: tuple[str, ...],
-    size: float | str,
-) -> Array:  # fmt: skip
-    """The names alone, on nothing: pixels with an alpha channel."""
-    figure = _empty(width, height)
-    figure.patch.set_alpha(0.0)
-    ax = figure.add_axes((box[0], box[1], box[2], box[3]), frame_on=False)
-    ax.tick_params(length=0)
-    ax.set_xticks([])
-    ax.set_xlim(-0.5, len(columns) - 0.5 if columns else 0.5)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    _tick(ax, rows, columns, size)
-    return _pixels(figure)
+@lru_cache(maxsize=64)
+def _texts(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of groups as they are drawn."""
+    return tuple(style.texts(names, NAME))
 
 
 def _mark(ax: Axes, where: Array, marker: str, n: int) -> None:
@@ -335,7 +308,7 @@ def _dots(place: Place, series: Sequence[tuple[str, Any]], label: str, title: st
     size = np.nan_to_num(np.abs(first.values))
     kept = np.sort(np.argsort(-size, kind="stable")[:ROWS])
     labels = [first.rows[i] for i in kept]
-    room = max(map(len, style.texts(labels, NAME)), default=1)
+    room = max(map(len, _texts(tuple(labels))), default=1)
     legend = LINE if len(series) > 1 else 0.0
     ax = place.axes(0.15 + LETTER * room, 0.5, 0.2, 0.35 + LINE * (2 if title.count("\n") else 1) * 0.7 + legend)
     y = np.arange(len(kept))
@@ -356,12 +329,12 @@ def _dots(place: Place, series: Sequence[tuple[str, Any]], label: str, title: st
                     color="0.45", va="center")  # fmt: skip
     ax.set_ylim(len(y) - 0.5, -0.5)
     ax.hlines(y, 0, 1, transform=ax.get_yaxis_transform(), color="0.93", lw=0.8, zorder=0)
-    _name(place, ax, labels, size="small" if len(y) <= 24 else 5)
     ax.axvline(0, color="0.7", lw=0.8, zorder=0)
     ax.set_xlabel(label, fontsize="small")
     if len(first.rows) > len(kept):
         title += f", the {ROWS} largest of {len(first.rows)}"
     _light(ax, title, legend)
+    _name(place, ax, labels, size="small" if len(y) <= 24 else 5)
     if legend:
         ax.legend(fontsize="x-small", frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series),
                   borderaxespad=0.1)  # fmt: skip
@@ -384,7 +357,7 @@ def _positions(steps: Sequence[Any]) -> Array:
 
 
 def _light(ax: Axes, title: str, pad: float = 0.0) -> None:
-    ax.set_title(title, fontsize="medium", pad=6 + 72 * pad)
+    ax.set_title(title, fontsize="medium", y=1.0, pad=6 + 72 * pad)
     ax.grid(color="0.93")
     ax.set_axisbelow(True)
     ax.tick_params(axis="both", labelsize="small")

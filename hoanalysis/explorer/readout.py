@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 
-import numpy as np
 from PIL import Image
 
 from hoanalysis.explorer.session import View, entry_name
@@ -14,6 +13,7 @@ from hoanalysis.plots import style
 
 CELLS = 10_000  # at most so many; a page of more elements is slow to lay out
 NAME = 48  # letters of a group's name
+DOUBT = ", within 2 standard errors of 0"
 
 #: The text of a cell is beneath its row, within the width of the matrix: nothing is wider or higher than the picture.
 STYLE = """<style>
@@ -39,7 +39,7 @@ def cells(view: View, picture: bytes) -> str:
     Empty where the picture has no cells, and where there are more than `CELLS`.
     """
     image = Image.open(io.BytesIO(picture))
-    told = image.text.get("Cells", "").split()  # type: ignore[attr-defined]
+    told = str(image.info.get("Cells", "")).split()  # ahead of the pixels, which are not read
     whole = view.whole
     if not told or whole is None or whole.values.ndim != 2 or whole.values.size > CELLS:
         return ""
@@ -47,21 +47,22 @@ def cells(view: View, picture: bytes) -> str:
         100 * float(x) / side for x, side in zip(told[:4], 2 * (image.width, image.height), strict=True)
     )
     place = f"left:{left:.3f}%;top:{top:.3f}%;width:{right - left:.3f}%;height:{bottom - top:.3f}%"
-    further = tuple(map(_name, view.state.slices))
-    columns = [_name(g) for g in whole.columns]
-    unit = f" [{style.unit(whole.units)}]"
+    further = [_name(g) for g in view.state.slices]
+    columns = [html.escape(entry_name((_name(g), *further))) for g in whole.columns]
+    ends, sure = (html.escape(f" [{style.unit(whole.units)}]{doubt}") + '"></i>' for doubt in (DOUBT, ""))
     rows = []
-    for row, values, errors in zip(map(_name, whole.rows), whole.values, whole.errors, strict=True):
-        texts = [
-            f"{entry_name((row, column, *further))}: {number(v, se)}{unit}{_doubt(v, se)}"
-            for column, v, se in zip(columns, values.tolist(), errors.tolist(), strict=True)
-        ]
-        rows.append("".join(f'<i tabindex=-1 t="{html.escape(text)}"></i>' for text in texts))
+    settled = whole.settled.tolist()
+    for label, values, errors, clear in zip(
+        whole.rows, whole.values.tolist(), whole.errors.tolist(), settled, strict=True
+    ):
+        start = '<i tabindex=-1 t="' + html.escape(entry_name((_name(label), "")))
+        rows.append(
+            "".join(
+                f"{start}{column}: {number(v, se)}{sure if known else ends}"
+                for column, v, se, known in zip(columns, values, errors, clear, strict=True)
+            )
+        )
     return f'<section style="{place}">' + "".join(f"<div>{row}</div>" for row in rows) + "</section>"
-
-
-def _doubt(value: float, error: float) -> str:
-    return ", within 2 standard errors of 0" if np.isfinite(error) and abs(value) < style.BAND * error else ""
 
 
 def _name(label: str) -> str:

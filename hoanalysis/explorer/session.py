@@ -103,6 +103,10 @@ class Session:
 
     def fitted(self, state: State) -> tuple[State, Offer, list[str]]:
         """The state that can be shown, what could be chosen instead, and what had to be changed."""
+        found, offer, notes = self._keep(("fitted", state), lambda: self._fitted(state))
+        return found, offer, list(notes)
+
+    def _fitted(self, state: State) -> tuple[State, Offer, list[str]]:
         notes: list[str] = []
         try:
             self.grouping(state)
@@ -115,6 +119,9 @@ class Session:
 
     def offer(self, state: State) -> Offer:
         """What the Dataset lets one choose under the grouping of ``state``."""
+        return self._keep(("offer", *_grouping_key(state)), lambda: self._offer(state))
+
+    def _offer(self, state: State) -> Offer:
         labels, kinds = self._keep(("labels", *_grouping_key(state)), lambda: self._labels(state))
         steps = tuple(map(_plain, step_labels(self.ds))) if self.ds.sizes[schema.STEP] else ()
         done = np.isfinite(np.atleast_1d(self.ds[schema.LOSS].values).astype(float))
@@ -146,6 +153,9 @@ class Session:
 
     def view(self, state: State) -> View:
         """What the state shows. What cannot be computed is a note in words, and the picture is left out."""
+        return self._keep(("view", state), lambda: self._view(state))
+
+    def _view(self, state: State) -> View:
         state, _, notes = self.fitted(state)
         try:
             whole = self._whole(state)
@@ -159,7 +169,7 @@ class Session:
         at = self._at(THIS_RUN, state.step)
         loss = (float(at[schema.LOSS]), float(at.get("loss_se", np.nan)))
         state = self._told_slices(state)
-        entries = state.entries or tuple(entry for entry, _, _ in ranked(whole, state)[:TRAJECTORIES])
+        entries = state.entries or tuple(entry for entry, _, _ in ranked(whole, state, TRAJECTORIES))
         followed = tuple(self._followed(state, entry) for entry in state.entries)
         return View(
             state, shown, whole, state.step, n_groups, loss, limit, self._reference(state), entries, followed, notes
@@ -205,7 +215,7 @@ class Session:
     def _followed(self, state: State, entry: tuple[str, ...]) -> Followed:
         """An entry of the tensor that is shown, of any block and slice."""
         part = self._whole(state.but(slices=entry[2:]))
-        place = _place(part, entry)
+        place = place_of(part, entry)
         if part is None or place is None:
             return Followed(entry, np.nan, np.nan, absent=True)
         return Followed(entry, float(part.values[place]), float(part.errors[place]))
@@ -406,24 +416,26 @@ def _masked(shown: Shown) -> Shown:
     return Shown(shown.rows, shown.columns, values, shown.errors, shown.title, shown.units, shown.how)
 
 
-def ranked(shown: Shown, state: State) -> list[tuple[tuple[str, ...], float, float]]:
-    """(entry, value, error) of what is shown, the largest first; each pair once, those off the diagonal first."""
+def ranked(shown: Shown, state: State, top: int | None = None) -> list[tuple[tuple[str, ...], float, float]]:
+    """(entry, value, error) of the ``top`` largest of what is shown; each pair once, those off the diagonal first."""
     values = np.asarray(shown.values, dtype=float)
     if values.ndim == 1:
         order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
-        return [((shown.rows[i],), float(values[i]), float(shown.errors[i])) for i in order if np.isfinite(values[i])]
+        order = order[np.isfinite(values[order])][:top]
+        return [((shown.rows[i],), float(values[i]), float(shown.errors[i])) for i in order]
     rows, columns = np.nonzero(np.isfinite(values))
     if shown.rows == shown.columns:
         rows, columns = rows[rows <= columns], columns[rows <= columns]
-    same = np.array([shown.rows[i] == shown.columns[j] for i, j in zip(rows, columns, strict=True)], dtype=bool)
-    order = np.lexsort((-np.abs(values[rows, columns]), same))
+    place = {g: j for j, g in enumerate(shown.columns)}
+    same = np.array([place.get(g, -1) for g in shown.rows], dtype=int)[rows] == columns
+    order = np.lexsort((-np.abs(values[rows, columns]), same))[:top]
     return [
         (
-            (shown.rows[rows[k]], shown.columns[columns[k]], *state.slices),
-            float(values[rows[k], columns[k]]),
-            float(shown.errors[rows[k], columns[k]]),
+            (shown.rows[i], shown.columns[j], *state.slices),
+            float(values[i, j]),
+            float(shown.errors[i, j]),
         )
-        for k in order
+        for i, j in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
     ]
 
 
@@ -432,7 +444,7 @@ def entry_name(entry: tuple[str, ...]) -> str:
     return " \N{MULTIPLICATION SIGN} ".join(entry)
 
 
-def _place(part: Shown | None, entry: tuple[str, ...]) -> tuple[int, ...] | None:
+def place_of(part: Shown | None, entry: tuple[str, ...]) -> tuple[int, ...] | None:
     if part is None:
         return None
     at = entry[: part.values.ndim]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hoanalysis.explorer.session import SAME, View, entry_name, ranked
+from hoanalysis.explorer.session import SAME, View, entry_name, place_of, ranked
 from hoanalysis.explorer.state import ALL, GROUPINGS, State
 
 
@@ -46,12 +47,12 @@ def _regularized(state: State) -> str:
 
 def _strongest(view: View) -> str:
     assert view.shown is not None
-    found = ranked(view.shown, view.state)
+    found = ranked(view.shown, view.state, 1)
     if found and view.shown.how == SAME:
         return f"Every difference is {SAME}."
     if not found:
         return nothing(view)
-    (entry, value, error), *_ = found
+    ((entry, value, error),) = found
     pair = "strongest pair" if len(entry) == 2 else "strongest entry"
     noun = "largest entry" if view.shown.values.ndim == 1 or entry[0] == entry[1] else pair
     return f"The {noun} is {entry_name(entry)}: {number(value, error)}."
@@ -86,9 +87,9 @@ def number(value: float, error: float = np.nan) -> str:
     >>> number(0.123456, 0.00789), number(2.0), number(float("nan"))
     ('0.1235 ± 0.0079', '2', 'not a number')
     """
-    if not np.isfinite(value):
+    if not isfinite(value):
         return "not a number"
-    return f"{value:.4g}" + (f" ± {error:.2g}" if np.isfinite(error) else "")
+    return f"{value:.4g} ± {error:.2g}" if isfinite(error) else f"{value:.4g}"
 
 
 def table(view: View, top: int = 12) -> pd.DataFrame:
@@ -112,8 +113,9 @@ def _strong(view: View, top: int) -> list[tuple[str, float, float]]:
     """The ``top`` strongest entries of the picture: name, value and error as they are without the mask."""
     assert view.shown is not None
     assert view.whole is not None
-    values = {entry: (value, error) for entry, value, error in ranked(view.whole, view.state)}
-    return [(entry_name(entry), *values[entry]) for entry, _, _ in ranked(view.shown, view.state)[:top]]
+    places = [(entry, place_of(view.whole, entry)) for entry, _, _ in ranked(view.shown, view.state, top)]
+    values, errors = view.whole.values, view.whole.errors
+    return [(entry_name(entry), float(values[at]), float(errors[at])) for entry, at in places if at is not None]
 
 
 def choices(view: View, top: int = 60) -> list[tuple[str, tuple[str, ...]]]:
@@ -121,7 +123,8 @@ def choices(view: View, top: int = 60) -> list[tuple[str, tuple[str, ...]]]:
     if view.whole is None:
         return []
     chosen = {tuple(sorted(f.entry)) for f in view.followed}  # D^(d) is symmetric: (s, t) and (t, s) are one entry
-    free = [x for x in ranked(view.whole, view.state) if tuple(sorted(x[0])) not in chosen][:top]
+    most = ranked(view.whole, view.state, top + len(chosen))
+    free = [x for x in most if tuple(sorted(x[0])) not in chosen][:top]
     found = [
         (name, value, error, f.entry) for (name, value, error), f in zip(_selected(view), view.followed, strict=True)
     ]
