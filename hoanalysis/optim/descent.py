@@ -22,7 +22,7 @@ THIRD = {None: "", "ridge": "", "r": schema.diagonal(3), "cubic": schema.diagona
 
 FLOOR = 1.0  # of the equilibrated curvature along any combination of groups: that of a single group
 LEAST = 1e-6  # of the largest y: a group without slope does not move, whatever bounds its curvature
-SHARE = 0.7  # of the solution: u goes on for several steps. docs/optimizer.md says what was tried
+SHARE = 0.35  # of the solution: u goes on for several steps, and is noise in part. docs/optimizer.md
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Descent:
     """H-bar_reg eta = g-bar, and which of its solutions are taken.
 
     ``curvature="absolute"`` replaces H-bar by its absolute value, before it is regularized. In equilibrated form
-    C_st = H_st / sqrt|H_ss H_tt| = V Diag(w) V^T:
+    C_st = H_st / sqrt|H_ss H_tt| for s != t, and C_ss = 1 whatever the sign of H_ss: a negative curvature of a group by
+    itself counts as |H_ss| first, and only then C is taken apart, C = V Diag(w) V^T:
 
         |C| = V Diag(max(|w|, FLOOR)) V^T,     eta = SHARE (|C|_reg)^-1 g-bar,
 

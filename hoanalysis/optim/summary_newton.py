@@ -42,7 +42,7 @@ class Usual:
 
 
 PAPER = Usual("gradient", "signed", 0.0, "measured", 8)
-NOISE = Usual("momentum", "absolute", 0.8, "steps", 0)  # docs/optimizer.md
+NOISE = Usual("adam", "absolute", 0.8, "steps", 0)  # docs/optimizer.md
 
 
 class SummaryNewton(torch.optim.Optimizer):
@@ -54,7 +54,7 @@ class SummaryNewton(torch.optim.Optimizer):
 
     with u the gradient (or another direction made from it) and U^s its restriction to group s. With one group it is
     Cauchy's steepest descent with the exact quadratic step, with one group per parameter Newton's method. It is
-    invariant: rescaling the parameters of a group by any factor changes nothing, under the direction "gradient".
+    invariant under the named directions: rescaling the parameters of a tensor that is a group changes nothing.
 
     eta is computed every ``period`` steps from D^(1), D^(2) and, for "r" and "cubic", the diagonal of D^(3), measured
     on the next batches of ``problem.data``, and holds until the next time: u is that of each step.
@@ -74,7 +74,7 @@ class SummaryNewton(torch.optim.Optimizer):
         As of ``ds.ho.learning_rates``: None, "ridge", "r" or "cubic" (epsilon is lambda then).
 
         "cubic" comes with what the noise of batches asks for, the others with the step as the paper writes it. That is,
-        what is not given of direction, curvature, average, slope and backtracking is "momentum", "absolute", 0.8,
+        what is not given of direction, curvature, average, slope and backtracking is "adam", "absolute", 0.8,
         "steps" and 0 with "cubic", and "gradient", "signed", 0, "measured" and 8 with the others. docs/optimizer.md
         says why.
     curvature
@@ -171,6 +171,7 @@ class SummaryNewton(torch.optim.Optimizer):
         slope = usual.slope if slope is None else slope
         backtracking = usual.backtracking if backtracking is None else backtracking
         _check(damping=damping, period=period, rates_momentum=rates_momentum, average=average, batches=batches)
+        _check(backtracking=backtracking)
         _check_choices(negative=(negative, NEGATIVE), slope=(slope, SLOPES), engine=(engine, ENGINES))
         _check_choices(curvature=(curvature, CURVATURES))
         if trust and (batches < 2 or not trust > 0):
@@ -370,12 +371,12 @@ def _groups(partition: Partition, parameters: Mapping[str, Tensor]) -> list[dict
 
 
 def _check(**numbers: float) -> None:
-    whole, shares = ("period", "batches"), ("rates_momentum", "average")
+    whole, shares = {"period": 1, "batches": 1, "backtracking": 0}, ("rates_momentum", "average")
     for name, x in numbers.items():
         if isinstance(x, bool) or not isinstance(x, (int, float)) or not np.isfinite(x):
             raise ArgumentError(f"{name} is a number, not {x!r}")
-        if name in whole and (x < 1 or x != int(x)):
-            raise ArgumentError(f"{name} is a whole number of at least 1, not {x!r}")
+        if name in whole and (x < whole[name] or x != int(x)):
+            raise ArgumentError(f"{name} is a whole number of at least {whole[name]}, not {x!r}")
         if name in shares and not 0 <= x < 1:
             raise ArgumentError(f"{name} is at least 0 and below 1, not {x!r}")
         if name == "damping" and not x > 0:

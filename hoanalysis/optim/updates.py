@@ -34,18 +34,20 @@ def momentum(g: Tensor, state: dict[str, Any], beta: float = 0.9) -> Tensor:
     return state["momentum_buffer"].lerp_(g, 1 - beta) / (1 - beta ** state["step"])
 
 
-def adam(g: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Tensor:
-    """u = m^ / (sqrt(v^) + eps), the update of `torch.optim.Adam` without its rate.
+def adam(g: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5) -> Tensor:
+    """u = m^ / (sqrt(v^) + eps rms), rms^2 the mean of v^ over the tensor: that of `torch.optim.Adam` without its rate.
 
-    It has another scale than the gradient, so that steps along it are not those that a rescaled parameter would make.
+    In Adam eps is a number in units of the gradient. Here it is a share, so that the unit of a tensor does not
+    matter: u is the same for a rescaled one, and its rate, which is solved for, is not.
     """
     if "exp_avg" not in state:
         state |= {"step": 0, "exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
     state["step"] += 1
     m = state["exp_avg"].lerp_(g, 1 - betas[0])
     v = state["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    m_hat, v_hat = m / (1 - betas[0] ** state["step"]), v / (1 - betas[1] ** state["step"])
-    return m_hat / (v_hat.sqrt() + eps)
+    root = (v / (1 - betas[1] ** state["step"])).sqrt()
+    least = torch.finfo(g.dtype).tiny  # a tensor that has had no gradient yet: 0 / least
+    return m / (1 - betas[0] ** state["step"]) / (root + eps * root.square().mean().sqrt() + least)
 
 
 UPDATES: dict[str, Update] = {"gradient": gradient, "momentum": momentum, "adam": adam}

@@ -19,6 +19,7 @@ from hoanalysis import models
 from hoanalysis.analysis.groups import system_of
 from hoanalysis.optim import SummaryNewton
 from hoanalysis.optim.descent import FLOOR, SHARE, absolute, separable
+from hoanalysis.optim.updates import adam
 
 
 def batch(samples: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,9 @@ def test_the_first_step_reaches_the_minimum_of_a_quadratic_along_the_groups(dire
     F.mse_loss(before(x), y).backward()
     optimizer = train(model, [(x, y)], 1, loss=F.mse_loss, direction=direction, regularization=None)
     u = [
-        (p.grad if direction != "adam" else p.grad / (p.grad.abs() + 1e-8)) for p in before.parameters()
-    ]  # the first u of momentum is g, that of Adam g / (|g| + eps)
+        p.grad if direction != "adam" else p.grad / (p.grad.abs() + 1e-5 * p.grad.square().mean().sqrt())
+        for p in before.parameters()
+    ]  # the first u of momentum is g, that of Adam g / (|g| + eps rms)
     J = torch.stack([(x @ u[0].T).flatten(), u[1].expand(20, 2).flatten()], 1)
     eta = torch.linalg.lstsq(J, (before(x) - y).detach().flatten()).solution
     np.testing.assert_allclose(list(optimizer.rates.values()), eta.numpy(), rtol=1e-9)
@@ -114,7 +116,7 @@ def test_the_default_solves_with_the_absolute_value_of_the_pseudo_hessian(regula
     w, v = scipy.linalg.eigh(scipy.linalg.sqrtm(c @ c).real)  # |C|
     positive = (v * np.maximum(w, 1.0)) @ v.T * np.outer(size, size)
     slope = np.array([float(a @ a) for a in parts])
-    given = {} if regularization == "cubic" else dict(PAPER_BUT_ABSOLUTE)
+    given = {"direction": "gradient"} if regularization == "cubic" else dict(PAPER_BUT_ABSOLUTE)
     rates = np.array(list(train(model, [(x, y)], 1, regularization=regularization, **given).rates.values())) / SHARE
     if regularization is None:
         return np.testing.assert_allclose(rates, scipy.linalg.solve(positive, slope), rtol=1e-7)
@@ -196,7 +198,7 @@ def test_slopes_of_the_steps_are_averaged_in_units_of_the_direction(direction):
             g = torch.stack(gs[:k])
             m = torch.tensordot(weights, g, 1) / weights.sum()
             v = torch.tensordot(squares, g**2, 1) / squares.sum()
-            u = {"momentum": m, "adam": m / (v.sqrt() + 1e-8), "gradient": g[-1]}[direction]
+            u = {"momentum": m, "adam": m / (v.sqrt() + 1e-5 * v.mean().sqrt()), "gradient": g[-1]}[direction]
             slopes.append(float((g[-1] * u).sum() / u.norm()))
         expected = max(float(weights.numpy() @ slopes / weights.sum()) * float(u.norm()), 0.0)
         np.testing.assert_allclose(optimizer.last_slopes[i], expected, rtol=1e-9)
@@ -221,6 +223,7 @@ OPTIONS = [
     {"regularization": "cubic", "curvature": "signed", "direction": "gradient", "slope": "measured"},
     {"regularization": None, "curvature": "absolute"},
     {"curvature": "separable"},
+    {"direction": "momentum"},
     {"regularization": "r", "epsilon": 0.7},
     {"regularization": "ridge", "negative": "clip"},
     {"regularization": "cubic", "average": 0.5, "rates_momentum": 0.3, "batches": 2, "trust": 1.0},
@@ -256,6 +259,19 @@ def test_trajectories_do_not_depend_on_the_parameterization():
     torch.testing.assert_close(ntk_before, standard_before, rtol=1e-12, atol=1e-12)
     assert float((ntk - ntk_before).norm()) > 1e-2
     torch.testing.assert_close(ntk, standard, rtol=1e-6, atol=1e-6)
+
+
+def test_the_update_of_adam_does_not_depend_on_the_unit_and_is_zero_without_gradient():
+    ours, scaled, torchs = {}, {}, nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    reference = torch.optim.Adam([torchs], lr=1.0, eps=0.0)
+    for seed in range(4):
+        g = torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        before, torchs.grad = torchs.detach().clone(), g.clone()
+        reference.step()
+        u = adam(g, ours)
+        torch.testing.assert_close(u, before - torchs.detach(), rtol=1e-3, atol=0)  # eps is 1e-5 of the rms
+        torch.testing.assert_close(adam(1e-12 * g, scaled), u, rtol=1e-12, atol=0)
+    assert adam(torch.zeros(3), {}).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_zero_gradient_and_a_linear_loss_move_nothing_and_say_so():
@@ -319,7 +335,9 @@ def test_a_saved_optimizer_goes_on_as_if_it_had_not_been():
 
 def test_param_groups_are_the_partition_and_schedulers_change_their_rates():
     model, data = network(), [batch()]
-    optimizer = SummaryNewton(ho.Problem(model, data, F.cross_entropy), partition="layer", damping=0.5)
+    optimizer = SummaryNewton(
+        ho.Problem(model, data, F.cross_entropy), partition="layer", damping=0.5, direction="gradient"
+    )
     assert [g["labels"] for g in optimizer.param_groups] == [["0"], ["2"]]
     assert [g["names"] for g in optimizer.param_groups] == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
@@ -340,7 +358,7 @@ def test_parts_of_a_tensor_have_rates_of_their_own():
     model, data = network(), [batch()]
     partition = ho.Partition.split(model, {"0.weight": (0, 2)})
     before = copy.deepcopy(model)
-    optimizer = train(model, data, 1, partition=partition)
+    optimizer = train(model, data, 1, partition=partition, direction="gradient")
     F.cross_entropy(before(data[0][0]), data[0][1]).backward()
     rows = (before[0].weight.detach() - model[0].weight.detach()) / before[0].weight.grad
     rates = [optimizer.rates[label] for label in partition.labels[:2]]
@@ -392,6 +410,9 @@ def test_training_does_not_touch_the_random_state():
         ({"slope": "mesured"}, "slope is one of 'measured', 'steps'"),
         ({"curvature": "positive"}, "curvature is one of 'signed', 'absolute', 'separable'"),
         ({"trust": 1.0}, "batches=2 or more"),
+        ({"backtracking": -1}, "backtracking is a whole number of at least 0"),
+        ({"backtracking": 1.5}, "backtracking is a whole number of at least 0"),
+        ({"backtracking": "8"}, "backtracking is a number"),
         ({"partition": "canonicle"}, "canonical"),
     ],
 )
