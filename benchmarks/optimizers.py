@@ -318,9 +318,9 @@ def gather() -> xr.Dataset:
 
 
 def oracle(seed: int) -> pd.DataFrame:
-    """A row for each measuring step along momentum at damping 2: ``gain`` is by how much the loss of 1,000 training images falls,
-    ``expected`` what their own D1 and D2 say of it, ``best`` the multiple of the rates at which these are lowest,
-    ``possible`` the gain of the rates that the same solve makes of their D1 to D3, and ``curvature`` the largest
+    """A row for each measuring step along momentum at damping 2: ``gain`` is by how much the loss of 1,000 images
+    falls, ``expected`` what their own D1 and D2 say of it, ``best`` the multiple of the rates at which these are
+    lowest, ``possible`` the gain of the rates that the same solve makes of their D1 to D3, ``curvature`` the largest
     H-bar_ss of the optimizer over theirs."""
     task, rows = TASKS["lenet5-mnist"], []
     torch.manual_seed(seed)
