@@ -73,7 +73,7 @@ class Workload:
         ds = ho.summarize(
             self.problem, order, diagonal=diagonal, direction=self.u, engine=engine, self_check=False, progress=False
         )
-        return {str(k): ds[k].values for k in ds.data_vars}
+        return {str(k): ds.variables[k].values for k in ds.data_vars}
 
     def nested_subtrees(self) -> dict[str, np.ndarray]:
         """D3 by the nested engine where the first index is one of a few, NaN elsewhere."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +240,7 @@ def batch_gradients(
             except RuntimeError as error:
                 again = functools.partial(problem.batch_value, leaves, state, batch)
                 raise culprits.of_backward(error, again, f"batch {index}") from error
-            if not all(bool(t.sum().isfinite()) for t in (loss, *grads) if t is not None):
+            if not all(math.isfinite(t.sum()) for t in (loss, *grads) if t is not None):
                 culprits.refuse_nonfinite(tensors_of(batch), index)
         yield problem.size(raw), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
@@ -362,7 +363,7 @@ def _checked(tensors: Mapping[str, Any], state: State, name: str) -> dict[str, T
             raise DirectionError(f"the direction of {n!r} {got}, the parameter has shape {tuple(p.shape)}")
         t = t.detach().to(p)
         # a sum is finite only where all entries are; one that overflows is looked into
-        if not bool(t.sum().isfinite()) and (bad := int((~torch.isfinite(t)).sum())):
+        if not math.isfinite(t.sum()) and (bad := int((~torch.isfinite(t)).sum())):
             raise DirectionError(
                 f"the direction of {n!r} has {bad} entries that are not finite",
                 do="look at the loss and the weights of this checkpoint",

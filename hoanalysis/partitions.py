@@ -343,6 +343,10 @@ class Partition:
 
     def coords(self) -> dict[str, list]:
         """The group coordinates of the schema: layer, kind, numel, shape, aliases."""
+        return {name: list(values) for name, values in self._coords.items()}
+
+    @functools.cached_property
+    def _coords(self) -> dict[str, list]:
         members = self.members()
         shapes, aliases = [], []
         for s, names in enumerate(members):

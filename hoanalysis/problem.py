@@ -272,9 +272,12 @@ class Problem:
 
         Not so for losses that couple the samples of a batch, such as train-mode BatchNorm or a contrastive loss.
         """
+        return self.splits(self.settings())
+
+    def splits(self, settings: tuple) -> bool:
+        """`splittable`, for a caller who knows the `settings` of this moment."""
         if self._split is None and self.loss is None:
             return False
-        settings = self.settings()
         if self._splittable is None or self._splittable[0] != settings:
             batch = self.first_batch()
             self._splittable = settings, count_rows(batch) > 1 and self._recombines(batch)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -317,6 +318,14 @@ def taylor_terms(
     )
 
 
+class Identity(NamedTuple):
+    """Equal for two calls that are about the same weights, model, loss, data and setting."""
+
+    weights: str
+    settings: tuple  # of the model and the loss, see `Problem.settings`
+    others: tuple
+
+
 class Work:
     """One problem and one setting: its keys, its units, its plan. The store and the report drive it."""
 
@@ -366,7 +375,7 @@ class Work:
         run: Run | None,
         progress: bool,
         store: Directions | None = None,
-        identity: tuple | None = None,
+        identity: Identity | None = None,
     ) -> Direction:
         """The direction at a checkpoint: from the store, from the last call on the same weights, or computed."""
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else None
@@ -393,15 +402,14 @@ class Work:
             store.publish_arrays(key, {n: t.cpu().numpy() for n, t in u.tensors.items()})
         return u
 
-    def _identity(self, state: State, checkpoint: Any) -> tuple:
-        """Tells whether two calls on one problem are about the same weights, data and setting."""
+    def _identity(self, state: State, checkpoint: Any) -> Identity:
         s = self.settings
         # momentum depends on the file, "to:next" on the one that follows it
         where = (checkpoint.sha256, str(checkpoint.path)) if isinstance(checkpoint, Checkpoint) else ""
         weights = digest({**state.parameters, **state.fixed})
         recipe = s.direction if isinstance(s.direction, str) else ""  # tensors and functions are never cached
-        model = weights, self.problem.settings()
-        return (*model, where, recipe, s.seed, s.max_batches, s.shards, str(self.dtype), s.include_frozen)
+        others = where, recipe, s.seed, s.max_batches, s.shards, str(self.dtype), s.include_frozen
+        return Identity(weights, self.problem.settings(), others)
 
     # ---- keys ---------------------------------------------------------------------------------------------------
 
@@ -506,7 +514,7 @@ class Work:
         """The direction ``"gradient"`` from the parts of all shards."""
         return of_parts(parts, self.problem, self.state(checkpoint))
 
-    def _point(self, checkpoint: Any) -> tuple[State, tuple]:
+    def _point(self, checkpoint: Any) -> tuple[State, Identity]:
         """Weights at which the loss was found to be deterministic, and their identity."""
         state = self.state(checkpoint)
         identity = self._identity(state, checkpoint)
@@ -529,7 +537,9 @@ class Work:
         s = self.settings
         state, identity = self._point(checkpoint)
         u = self.direction(state, checkpoint, run, progress, store, identity)
-        task = engines.Task(self.problem, state, u.tensors, self.partition, s.request, self.memory, identity)
+        task = engines.Task(
+            self.problem, state, u.tensors, self.partition, s.request, self.memory, identity, identity.settings
+        )
         try:
             engine = engines.choose(task, s.engine, check_all=s.self_check)
             error, sums = self._run(engine, identity, progress, shard)
@@ -634,7 +644,7 @@ class Work:
             raise NoDirection(**{**(reasons[0] or {}), "where": "every checkpoint of the run"})
 
     def _run(
-        self, engine: engines.Engine, identity: tuple, progress: bool, shard: int
+        self, engine: engines.Engine, identity: Identity, progress: bool, shard: int
     ) -> tuple[float, units.Accumulator]:
         """The self-check and one pass over a shard of the data."""
         s = self.settings
@@ -644,7 +654,7 @@ class Work:
             measure=self.measure, progress=lambda it: _bar(it, progress, "batches"),
         )  # fmt: skip
 
-    def _self_check(self, task: engines.Task, engine: engines.Engine, identity: tuple) -> float:
+    def _self_check(self, task: engines.Task, engine: engines.Engine, identity: Identity) -> float:
         """The self-check, once for the same weights, partition, orders and engine."""
         u = "" if isinstance(self.settings.direction, str) else digest(task.direction)
         key = (identity, u, self.partition.fingerprint(), task.request, engine.name)
@@ -875,7 +885,7 @@ def _refuse_huge(p: Partition, s: Settings) -> None:
 
 
 def _refuse_nonfinite(state: State) -> None:
-    unclear = {n: p for n, p in state.parameters.items() if not bool(p.sum().isfinite())}  # NaN, inf, or an overflow
+    unclear = {n: p for n, p in state.parameters.items() if not math.isfinite(p.sum())}  # NaN, inf, or an overflow
     bad = {n: count for n, p in unclear.items() if (count := int((~torch.isfinite(p)).sum()))}
     if bad:
         raise NumericsError(

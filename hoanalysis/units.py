@@ -17,6 +17,7 @@ over the blocks. Nothing here needs torch: a store is read, and its Dataset asse
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.indexes import PandasIndex
 
 from hoanalysis import schema
 from hoanalysis.errors import HoError
@@ -297,7 +299,7 @@ def assemble(plan: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Unit |
         "coverage": float(np.sum(read_units)) / max(wanted, 1),
     }
     conditional = not str(attrs.get("standard_errors", "")).startswith("unconditional")
-    return xr.Dataset(_described(row, conditional), _described(coords, conditional), attrs)
+    return xr.Dataset(_described(row, conditional), _labelled(_described(coords, conditional)), attrs)
 
 
 def _row(
@@ -381,14 +383,29 @@ def _group_coords(groups: Mapping[str, Sequence[Any]], dims: set[str]) -> Row:
     return coords
 
 
-def _described(row: Row, conditional: bool) -> dict[str, tuple[tuple[Any, ...], Array, dict[str, str]]]:
+def _labelled(coords: dict[str, xr.Variable]) -> xr.Coordinates:
+    """The coordinates with an index for each dim, kept: making one anew takes as long as a layer of a small network."""
+    indexes: dict[str, PandasIndex] = {}
+    for name, values in coords.items():
+        if values.dims == (name,):
+            indexes[name] = _index(name, tuple(values.values.tolist()), values.dtype)
+            coords = coords | indexes[name].create_variables({name: values})
+    return xr.Coordinates(coords, indexes=indexes)
+
+
+@functools.lru_cache(maxsize=64)
+def _index(name: str, labels: tuple, dtype: np.dtype) -> PandasIndex:
+    return PandasIndex(np.array(labels, dtype=dtype), name)
+
+
+def _described(row: Row, conditional: bool) -> dict[str, xr.Variable]:
     """With ``long_name`` and ``units``. Derivatives with respect to eta have the unit of the loss."""
     out = {}
     for k, (dims, values) in row.items():
         attrs = {"long_name": _described_name(k), "units": _unit(k)}
         if k.endswith("_se") and ((conditional and k.startswith("D")) or k.startswith(("change_", "slope_"))):
             attrs["conditional_on"] = "the direction u"
-        out[k] = (dims, values, attrs)
+        out[k] = xr.Variable(dims, values, attrs)
     return out
 
 

@@ -37,6 +37,7 @@ class Task:
     request: Request
     memory: int  # bytes
     identity: Hashable = None  # of the weights and the model's settings
+    settings: tuple | None = None  # of the model and the loss, where they were read for this call already
     notes: list[str] = field(default_factory=list)
 
 
@@ -122,7 +123,8 @@ class Tangents(Engine):
     def __init__(self, task: Task, check_all: bool = True) -> None:
         super().__init__(task)
         self.check_all = check_all
-        self._settings, cache = task.problem.settings(), task.problem.cache
+        self._settings = task.problem.settings() if task.settings is None else task.settings
+        cache = task.problem.cache
         if cache.get("settings of programs") != self._settings:  # those of other settings are not kept
             cache.update({"settings of programs": self._settings, "programs": {}, "checked programs": set()})
         self.programs: dict[Hashable, list[Program]] = cache["programs"]
@@ -131,8 +133,7 @@ class Tangents(Engine):
 
     @functools.cached_property
     def splittable(self) -> bool:
-        """Asked once a checkpoint: the settings of model and loss are read for it."""
-        return self.task.problem.splittable
+        return self.task.problem.splits(self._settings)
 
     def affordable(self, batch: Batch) -> int:
         """The budget over the predicted peak of a few samples: memory grows with the samples, but for the weights."""

@@ -277,7 +277,9 @@ class Plan:
 
     def groups_of(self, parameter: str) -> Groups:
         """The groups that a parameter's entries belong to, in the order of first use."""
-        return tuple(sorted(self.position[g] for g in np.unique(self.partition.assignment[parameter]).tolist()))
+        a = self.partition.assignment[parameter]
+        groups = np.unique(a).tolist() if isinstance(a, np.ndarray) else [a]
+        return tuple(sorted(self.position[g] for g in groups))
 
     def result(self, loss: float, sums: Sums, request: Request) -> BatchDerivatives:
         """Back to the partition's own order of groups."""

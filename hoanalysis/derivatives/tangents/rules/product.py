@@ -345,6 +345,13 @@ class Convolution(Product):
             return self._conv(a.flatten(0, 1), b).view(len(a), *self.value.shape)
         return torch.stack([self._conv(a[i] if stacked_a else a, w) for i, w in enumerate(b)])
 
+    def push_into(self, key: Key, stack: Tensor, out: Tensor) -> None:
+        if key != 1:
+            super().push_into(key, stack, out)
+            return
+        for w, into in zip(stack, out, strict=True):
+            into.copy_(self._conv(self.a, w))
+
     def pull_a(self, y: Tensor, b: Tensor, stacked_y: bool, stacked_b: bool) -> Tensor:
         if not stacked_b:
             folded = y.flatten(0, 1)
