@@ -240,7 +240,7 @@ def batch_gradients(
             except RuntimeError as error:
                 again = functools.partial(problem.batch_value, leaves, state, batch)
                 raise culprits.of_backward(error, again, f"batch {index}") from error
-            if not all(math.isfinite(t.sum()) for t in (loss, *grads) if t is not None):
+            if not all(math.isfinite(t.detach().sum()) for t in (loss, *grads) if t is not None):
                 culprits.refuse_nonfinite(tensors_of(batch), index)
         yield problem.size(raw), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
