@@ -1,12 +1,10 @@
-"""A canvas for pictures that are drawn again and again: it keeps the texts that it has written, and packs quickly.
+"""A canvas for pictures that are drawn again and again: it keeps the texts that it has written.
 
 Text is most of the time of a picture, and few texts change when a slider moves.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from math import ceil, cos, radians, sin
@@ -116,21 +114,3 @@ class Names(Artist):
             x = ax.transData.transform((at, 0))[0]
             write(text, x + line / 2 - descent, box.y0 - gap - length(text), 90)
         gc.restore()
-
-
-def png(pixels: Array, texts: Mapping[str, str]) -> bytes:
-    """A picture of shape (height, width, 3 or more) in bytes as PNG, with ``texts`` ahead of the pixels.
-
-    Rows are packed as they are: large areas of one colour become no smaller by what PNG can do to rows first.
-    """
-    height, width = pixels.shape[:2]
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)
-    rows[:, 1:].reshape(height, width, 3)[...] = pixels[..., :3]
-    parts = [("IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
-    parts += [("iTXt", f"{key}\0\0\0\0\0{text}".encode(errors="replace")) for key, text in texts.items()]
-    parts += [("IDAT", zlib.compress(rows.tobytes(), 1)), ("IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name.encode(), data) for name, data in parts)
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -5,6 +5,7 @@ more than all the rest, and a slider is waited for.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,11 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredText
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hoanalysis.analysis.arrays import Array
 from hoanalysis.errors import HoError
 from hoanalysis.explorer.canvas import Canvas, Names
-from hoanalysis.explorer.canvas import png as packed
 from hoanalysis.explorer.session import TAUS, Session, View, told
 from hoanalysis.explorer.state import State
 from hoanalysis.explorer.words import nothing, sentence
@@ -93,7 +95,12 @@ def png(figure: Figure, **texts: str) -> bytes:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
-    return packed(np.asarray(canvas.buffer_rgba()), {**texts, "Cells": cells_of(figure)})
+    info = PngInfo()
+    for key, text in {**texts, "Cells": cells_of(figure)}.items():
+        info.add_itxt(key, text)
+    out = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(out, "png", compress_level=1, pnginfo=info)
+    return out.getvalue()
 
 
 def cells_of(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""The canvas of the live pictures against matplotlib's own, and its PNG as another library reads it."""
+"""The canvas of the live pictures against matplotlib's own, and what a picture holds."""
 
 import io
 
@@ -69,9 +69,9 @@ def test_names_are_where_labels_of_ticks_would_be(panel, monkeypatch):
             assert np.abs(a[:, None] - b).min(1).max() <= 1
 
 
-def test_a_picture_is_read_with_its_pixels_and_texts_ahead_of_them():
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 4)).astype(np.uint8)
-    texts = {"Description": "a \N{MULTIPLICATION SIGN} b, \u4e2d", "Cells": ""}
-    image = Image.open(io.BytesIO(canvas.png(pixels, texts)))
-    assert dict(image.info) == texts
-    np.testing.assert_array_equal(np.asarray(image), pixels[..., :3])
+def test_a_picture_holds_what_the_canvas_drew_with_texts_ahead_of_its_pixels():
+    figure = figures._empty(3, 2)
+    figure.text(0.2, 0.5, "conv1.weight")
+    image = Image.open(io.BytesIO(figures.png(figure, Description="a \N{MULTIPLICATION SIGN} b, \u4e2d")))
+    assert dict(image.info) == {"Description": "a \N{MULTIPLICATION SIGN} b, \u4e2d", "Cells": ""}
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(figure.canvas.buffer_rgba())[..., :3])

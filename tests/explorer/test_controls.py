@@ -134,6 +134,8 @@ def test_a_filled_store_is_read_again_only_when_it_has_grown_and_its_button_rest
     explorer.filling.error = ValueError("broken")
     explorer.poll()
     assert explorer.controls.progress.bar_style == "danger"
+    explorer.filling.start()
+    explorer.filling.finish()  # an error of before is not raised again
 
 
 def test_what_is_given_goes_before_what_a_study_says(study, run):
