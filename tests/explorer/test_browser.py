@@ -138,6 +138,7 @@ def test_the_report_is_live_in_jupyterlab(page, lab, ds):
 def test_the_saved_notebook_shows_the_last_view_without_widgets(page, lab):
     """Hidden behind the live explorer; seen once the kernel and its widgets are gone, and in nbconvert's page."""
     static = page.locator(".jp-OutputArea-child:has(.ho-live) + .jp-OutputArea-child .jp-RenderedImage")
+    static.wait_for(state="attached")  # while the page is busy JupyterLab takes outputs out and puts them back
     assert static.count() == 1
     assert not static.is_visible()
     said = page.inner_text(".ho-sentence").split(". ")[0]
