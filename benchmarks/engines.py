@@ -361,7 +361,7 @@ def main() -> None:
             ds = ds.sel(model=[m for m in MODELS if m in ds.model], engine=[e for e in ENGINES if e in ds.engine])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".md").write_text(markdown(ds))
-        ds.to_netcdf(args.out.with_suffix(".nc"), engine="h5netcdf")
+        ds.drop_encoding().to_netcdf(stored, engine="h5netcdf")  # names longer than those before would be cut
         picture(ds, args.out.with_suffix(".png"))
 
 
