@@ -166,6 +166,12 @@ class Problem:
                 why="derivatives of order two and more are noise there",
                 do="pass dtype='float32' (or 'float64'): parameters, buffers, direction and inputs are cast",
             )
+        if twofold := [n for n in selected if own[n].requires_grad and own[n].is_complex()]:
+            raise ModelError(
+                f"complex parameters: {listed(twofold)}",
+                why="the summaries are derivatives along real directions",
+                do="hold real and imaginary parts as real parameters, joined by torch.complex in the forward pass",
+            )
         return State({n: tensors[n] for n in selected}, {n: t for n, t in tensors.items() if n not in selected}, dtype)
 
     def upcast(self, include_frozen: bool = False) -> torch.dtype | None:

@@ -779,6 +779,43 @@ def test_a_checkpoint_in_another_precision_takes_the_model_s():
         problem.check_deterministic(state)
 
 
+class Complex(nn.Module):
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        w = torch.tensor([[0.3 + 0.4j, -0.2j], [1.0 - 0.5j, 0.1]], dtype=torch.complex128)
+        self.joined = joined
+        if joined:
+            self.re, self.im = nn.Parameter(w.real.clone()), nn.Parameter(w.imag.clone())
+        else:
+            self.w = nn.Parameter(w)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.to(torch.complex128) @ (torch.complex(self.re, self.im) if self.joined else self.w)).abs()
+
+
+def test_a_frozen_complex_parameter_is_left_out():
+    class Turned(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2, dtype=torch.float64)
+            self.phase = nn.Parameter(torch.tensor([1j, -1.0]).to(torch.complex128), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (super().forward(x) * self.phase).abs()
+
+    data = [(torch.eye(2).double(), torch.ones(2, 2).double())]
+    ds = ho.summarize(ho.Problem(Turned(), data, F.mse_loss), direction="weights", progress=False)
+    assert ds.group.values.tolist() == ["weight", "bias"]
+
+
+def test_complex_parameters_are_refused_and_the_remedy_holds():
+    data = [(torch.tensor([[1.0, 2.0], [0.5, -1.0]]).double(), torch.ones(2, 2).double())]
+    with pytest.raises(ModelError, match=r"(?s)complex parameters: 'w'.*torch.complex"):
+        ho.summarize(ho.Problem(Complex(False), data, F.mse_loss), progress=False)
+    ds = ho.summarize(ho.Problem(Complex(True), data, F.mse_loss), direction="weights", progress=False)
+    terms = ho.taylor_terms(ho.Problem(Complex(True), data, F.mse_loss), 2, direction="weights", progress=False)
+    np.testing.assert_allclose([float(ds.D1.sum()), float(ds.D2.sum())], terms.values, rtol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused_with_the_way_out(dtype):
     problem = Problem(nn.Linear(4, 3).to(dtype), [(tensors(4, 4), classes(4))], F.cross_entropy)
