@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import functools
 import os
@@ -51,6 +52,34 @@ def _terminate(signum: int, frame: object) -> None:
     raise _Terminated
 
 
+def _interrupt(number: signal.Signals) -> None:
+    """The signal, to the main thread, from another one."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(number)
+
+
+class _Finalizers:
+    """What is raised in ``__del__`` and in callbacks of weak references, which Python prints and drops.
+
+    An interrupt that falls there is sent again; and of what an interrupt left half made nothing is told, for the
+    command has said that it was interrupted. Everything else goes to ``before``.
+    """
+
+    def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]) -> None:
+        self.before, self.interrupted = before, False
+
+    def __call__(self, dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(dropped.exc_value, _Terminated) else signal.SIGINT
+            again = threading.Timer(0.01, _interrupt, (number,))  # at once it would fall into this call
+            again.daemon = True
+            again.start()
+        elif not self.interrupted:
+            self.before(dropped)
+
+
 def _command(fn: Callable[..., None]) -> Callable[..., None]:
     """An error that a user can cause is a sentence on stderr and exit code 1; Ctrl-C is 130, SIGTERM 143."""
 
@@ -60,6 +89,8 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
         _early.release()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+        before = sys.unraisablehook
+        finalizers = sys.unraisablehook = _Finalizers(before)
         try:
             fn(*args, **kwargs)
         except HoError as error:
@@ -86,8 +117,12 @@ def _command(fn: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {_unexpected(error)}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
+            finalizers.interrupted = True
             typer.echo(f"interrupted; what was finished is kept; to go on: {_this_call()}", err=True)
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+        finally:
+            if not finalizers.interrupted:
+                sys.unraisablehook = before
 
     return run
 
