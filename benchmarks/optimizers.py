@@ -103,7 +103,7 @@ def summary(**options: Any) -> Make:
 
 
 DAMPING = (0.25, 0.5, 1.0, 2.0)
-MOMENTUM = (0.5, 1.0, 2.0, 4.0)  # 2: the former default, which took 0.7 of the solution
+MOMENTUM = (0.5, 1.0, 2.0, 4.0)  # the steps of an average are shorter than Adam's
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "SGD, momentum 0.9": (
         lambda model, _, rate: torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9),
@@ -136,7 +136,7 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
         "epsilon": (0.1, 10.0),
         "period": (3, 30),
         "average": (0.0, 0.95),
-        "slope": ("measured",),
+        "slope": ("measured", "steps"),
         "negative": ("clip",),
         "rates_momentum": (0.8,),
         "backtracking": (8,),
@@ -392,7 +392,7 @@ def cost(model: nn.Module, train: data.Batches, cycles: int, options: dict[str, 
 
 
 #: The options that come with "cubic", for another regularization.
-WITHOUT_D3 = {"curvature": "absolute", "slope": "steps", "average": 0.8, "backtracking": 0}
+WITHOUT_D3 = {"curvature": "absolute", "slope": "confirmed", "average": 0.8, "backtracking": 0}
 
 
 def print_cost(which: str, order: int, cycles: int, batch_size: int) -> None:

@@ -22,7 +22,7 @@ THIRD = {None: "", "ridge": "", "r": schema.diagonal(3), "cubic": schema.diagona
 
 FLOOR = 1.0  # of the equilibrated curvature along any combination of groups: that of a single group
 LEAST = 1e-6  # of the largest y: a group without slope does not move, whatever bounds its curvature
-SHARE = 0.35  # of the solution: u goes on for several steps, and is noise in part. docs/optimizer.md
+SHARE = 0.5  # of the solution: it holds for several steps. docs/optimizer.md
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
 
 NEGATIVE = ("keep", "clip")
-SLOPES = ("measured", "steps")
+SLOPES = ("measured", "steps", "confirmed")
 MEMORY = 0.9  # of the slopes over steps: as long as that of momentum
 SUFFICIENT = 0.1  # of the decrease that the slope alone would give; half of it is what a quadratic gives
 EXTRA = "summary_newton"  # the entry of the state_dict that torch.optim.Optimizer does not know
@@ -42,7 +42,7 @@ class Usual:
 
 
 PAPER = Usual("gradient", "signed", 0.0, "measured", 8)
-NOISE = Usual("adam", "absolute", 0.8, "steps", 0)  # docs/optimizer.md
+NOISE = Usual("adam", "absolute", 0.8, "confirmed", 0)  # docs/optimizer.md
 
 
 class SummaryNewton(torch.optim.Optimizer):
@@ -75,7 +75,7 @@ class SummaryNewton(torch.optim.Optimizer):
 
         "cubic" comes with what the noise of batches asks for, the others with the step as the paper writes it. That is,
         what is not given of direction, curvature, average, slope and backtracking is "adam", "absolute", 0.8,
-        "steps" and 0 with "cubic", and "gradient", "signed", 0, "measured" and 8 with the others. docs/optimizer.md
+        "confirmed" and 0 with "cubic", and "gradient", "signed", 0, "measured" and 8 with the others. docs/optimizer.md
         says why.
     curvature
         H-bar as it is, "signed", its "absolute" value, or a "separable" bound of it, under which no group's rate relies
@@ -96,7 +96,14 @@ class SummaryNewton(torch.optim.Optimizer):
     slope
         g-bar is "measured" on the information's batches, or the slope of the "steps" on their own batches:
         |U^s| times the moving average (0.9) of g^s . U^s / |U^s| over all steps, at least 0. Another batch's slope
-        along u is what a single step gains, and late in training that is little more than noise.
+        along u is what a single step gains, and late in training that is little more than noise. "confirmed" takes the
+        slope of the steps too, and of the rates the part rho that the information's batches confirm:
+
+            eta = rho eta',    rho = eta' . D1 / eta' . g-bar, at least 0 and at most 1,
+
+        D1 the measured slopes, averaged like the rest of the information. u has the noise of the batches that it is
+        made of, and no other batch has it: rho is near 1 at the start of a training, and falls as gradients become
+        noise.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
     backtracking
@@ -111,6 +118,8 @@ class SummaryNewton(torch.optim.Optimizer):
         measurement failed and the rates before it hold, and whatever was found about single groups.
     rates
         Label -> eta, without unit, as last measured (without ``lr``).
+    confirmed
+        rho as last measured; 1 where ``slope`` is another.
 
     Notes
     -----
@@ -194,6 +203,7 @@ class SummaryNewton(torch.optim.Optimizer):
         self.last_slopes = np.full(len(self.partition), np.nan)  # what the last rates rested on
         self._slopes = np.zeros(len(self.partition))  # the moving average over steps, and the sum of its weights
         self._slopes_weight = 0.0
+        self.confirmed = 1.0
         self._steps = 0
         super().__init__(_groups(self.partition, self._parameters), {"lr": float(damping)})
         self._sealed = True
@@ -220,7 +230,7 @@ class SummaryNewton(torch.optim.Optimizer):
             self.status = f"skipped: {u}"
             return loss
         lengths = group_norms(u, self.partition)
-        if self.slope == "steps":
+        if self.slope != "measured":
             self._slopes = MEMORY * self._slopes + (1 - MEMORY) * self._own_slopes(u) / np.where(
                 lengths > 0, lengths, 1
             )
@@ -268,6 +278,8 @@ class SummaryNewton(torch.optim.Optimizer):
         except NumericsError as error:
             eta, said = None, [error.what]
         if eta is not None:
+            eta = self._confirmed(eta, known.tensors["D1"])
+            said += [] if self.confirmed else ["other batches confirm no part of the slope: all rates are 0"]
             m = self.rates_momentum
             eta = eta if self._eta is None else m * self._eta + (1 - m) * eta
             eta, halvings = self._backtracked(u, eta, known.tensors["D1"])
@@ -286,6 +298,13 @@ class SummaryNewton(torch.optim.Optimizer):
         d1 = {"D1": self.last_slopes}
         left_out = tuple({**one, **d1} for one in known.without_one)
         return replace(known, tensors={**known.tensors, **d1}, without_one=left_out)
+
+    def _confirmed(self, eta: np.ndarray, measured: np.ndarray) -> np.ndarray:
+        """rho eta, with the slopes that are ``measured`` on batches that u was not made of."""
+        if self.slope == "confirmed":
+            gain, expected = float(eta @ measured), float(eta @ self.last_slopes)
+            self.confirmed = min(max(gain / expected, 0.0), 1.0) if expected > 0 else 1.0
+        return self.confirmed * eta
 
     def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, int]:
         """eta halved until curvature takes no more than nine tenths of what its slope gives, and how often.
@@ -332,6 +351,7 @@ class SummaryNewton(torch.optim.Optimizer):
             "eta": None if self._eta is None else self._eta.tolist(),
             "lengths": self._lengths.tolist(),
             "slopes": [self._slopes_weight, *self._slopes.tolist()],
+            "confirmed": self.confirmed,
             "information": self.information.state_dict(),
         }
         return {**super().state_dict(), EXTRA: own}
@@ -351,6 +371,7 @@ class SummaryNewton(torch.optim.Optimizer):
         self._lengths = np.array(own["lengths"], dtype=float)
         self._slopes_weight, *slopes = own.get("slopes", [0.0] * (1 + len(self.partition)))  # none in earlier versions
         self._slopes = np.array(slopes, dtype=float)
+        self.confirmed = own.get("confirmed", 1.0)
         self.information.load_state_dict(own["information"])
 
 

@@ -204,6 +204,46 @@ def test_slopes_of_the_steps_are_averaged_in_units_of_the_direction(direction):
         np.testing.assert_allclose(optimizer.last_slopes[i], expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_of_the_rates_the_part_is_taken_that_other_batches_confirm(average):
+    steps = [batch(12, seed) for seed in range(4)]
+    others = [tuple(torch.cat([t[:8], t_[:4]]) for t, t_ in zip(b, batch(12, 9), strict=True)) for b in steps]
+    each = F.cross_entropy(network()(steps[1][0]), steps[1][1], reduction="none")
+    others[1] = tuple(t[each.topk(3).indices] for t in steps[1])  # steeper than the whole
+    others[3] = (others[3][0], network()(others[3][0]).argmin(1))  # slopes the other way
+
+    def gradients(x: Tensor, y: Tensor) -> list[Tensor]:
+        model = network()
+        return list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
+
+    options = {"direction": "gradient", "period": 1, "average": average, "damping": 1e-14}  # the weights stay
+    made = {}
+    for slope in ("steps", "confirmed"):
+        model = network()
+        made[slope] = model, SummaryNewton(ho.Problem(model, others, F.cross_entropy), slope=slope, **options)
+    slopes, weight, parts = np.zeros(4), 0.0, []
+    for one, other in zip(steps, others, strict=True):
+        for model, optimizer in made.values():
+            optimizer.zero_grad()
+            F.cross_entropy(model(one[0]), one[1]).backward()
+            optimizer.step()
+        plain, confirmed = (optimizer for _, optimizer in made.values())
+        eta = np.array(list(plain.rates.values()))
+        u, g = gradients(*one), gradients(*other)
+        norms = np.array([float(v.norm()) for v in u])
+        measured = np.array([float((a * b).sum()) for a, b in zip(g, u, strict=True)]) / norms
+        slopes, weight = average * slopes + (1 - average) * measured, average * weight + 1 - average
+        gain, expected = float(eta @ (slopes * norms)) / weight, float(eta @ plain.last_slopes)
+        parts.append(min(max(gain / expected, 0.0), 1.0))
+        assert plain.confirmed == 1.0
+        np.testing.assert_allclose(confirmed.confirmed, parts[-1], rtol=1e-8)
+        np.testing.assert_allclose(list(confirmed.rates.values()), parts[-1] * eta, rtol=1e-8)
+        assert ("other batches confirm no part" in confirmed.status) == (parts[-1] == 0.0)
+    assert sum(0.05 < p < 0.95 for p in parts) >= 2
+    assert max(parts) == 1.0
+    assert (min(parts) == 0.0) == (average == 0.0)
+
+
 class Scaled(nn.Module):
     """The same function whatever alpha: tensor s enters as alpha_s T_s, with T_s = theta_s / alpha_s."""
 
@@ -222,7 +262,7 @@ OPTIONS = [
     {"slope": "measured", "average": 0.5, "batches": 2, "trust": 1.0},
     {"regularization": "cubic", "curvature": "signed", "direction": "gradient", "slope": "measured"},
     {"regularization": None, "curvature": "absolute"},
-    {"curvature": "separable"},
+    {"curvature": "separable", "slope": "steps"},
     {"direction": "momentum"},
     {"regularization": "r", "epsilon": 0.7},
     {"regularization": "ridge", "negative": "clip"},
@@ -312,10 +352,10 @@ def test_a_saved_optimizer_goes_on_as_if_it_had_not_been():
             optimizer.step()
 
     whole = network()
-    steps(whole, SummaryNewton(ho.Problem(whole, data, F.cross_entropy), **options), range(11))
+    steps(whole, SummaryNewton(ho.Problem(whole, data[::-1], F.cross_entropy), **options), range(11))
 
     first = network()
-    optimizer = SummaryNewton(ho.Problem(first, data, F.cross_entropy), **options)
+    optimizer = SummaryNewton(ho.Problem(first, data[::-1], F.cross_entropy), **options)
     steps(first, optimizer, range(5))
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -323,8 +363,10 @@ def test_a_saved_optimizer_goes_on_as_if_it_had_not_been():
     saved = torch.load(file, weights_only=True)
     second = network(seed=9)
     second.load_state_dict(saved["model"])
-    optimizer = SummaryNewton(ho.Problem(second, data, F.cross_entropy), **options)
+    before, optimizer = optimizer, SummaryNewton(ho.Problem(second, data[::-1], F.cross_entropy), **options)
     optimizer.load_state_dict(saved["optimizer"])
+    assert (optimizer.rates, optimizer.confirmed) == (before.rates, before.confirmed)
+    assert optimizer.confirmed < 1
     steps(second, optimizer, range(5, 11))
     torch.testing.assert_close(flat(second), flat(whole), rtol=0, atol=0)
 
@@ -407,7 +449,7 @@ def test_training_does_not_touch_the_random_state():
         ({"direction": "nesterov"}, "no direction 'nesterov'"),
         ({"regularization": "cubik"}, "did you mean 'cubic'"),
         ({"epsilon": -1.0}, "epsilon must be positive"),
-        ({"slope": "mesured"}, "slope is one of 'measured', 'steps'"),
+        ({"slope": "mesured"}, "slope is one of 'measured', 'steps', 'confirmed'"),
         ({"curvature": "positive"}, "curvature is one of 'signed', 'absolute', 'separable'"),
         ({"trust": 1.0}, "batches=2 or more"),
         ({"backtracking": -1}, "backtracking is a whole number of at least 0"),
