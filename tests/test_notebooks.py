@@ -1,13 +1,26 @@
 """The notebooks that are opened by hand, executed by papermill, with what they have to find."""
 
+import importlib.util
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import xarray as xr
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def optimizers():
+    """benchmarks/optimizers.py"""
+    spec = importlib.util.spec_from_file_location("optimizers", ROOT / "benchmarks" / "optimizers.py")
+    sys.modules["optimizers"] = made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def said(executed: Path) -> str:
@@ -51,6 +64,17 @@ def test_the_optimizer_study_says_what_its_runs_show(tmp_path, monkeypatch):
     assert f"SGD {sum(sgd.values()) / 6:.3f}: {100 * gap:+.1f} points" in text
     assert f"One point below SGD is {'reached' if gap >= -0.01 else 'NOT reached'}." in text
     assert text.count("loses: ") + text.count("wins: ") == 4
+
+
+@pytest.mark.parametrize("method", ["SummaryNewton", "SummaryNewton, momentum", "SummaryNewton, as in the paper"])
+def test_the_stored_study_is_of_the_optimizer_as_it_is(optimizers, monkeypatch, method):
+    task, seed, record = "lenet5-mnist", 0, 1
+    with xr.open_dataset(optimizers.STUDY, engine="h5netcdf") as study:
+        found = (study.task == task) & (study.method == method) & (study.seed == seed)
+        stored = study.isel(run=int(np.flatnonzero(found)[0]), record=record).load()
+    monkeypatch.setitem(optimizers.TASKS, task, replace(optimizers.TASKS[task], steps=int(stored.step)))
+    last = optimizers.train(task, method, float(stored.setting), seed)["rows"][-1]
+    np.testing.assert_allclose((last["loss"], last["accuracy"]), (stored.loss, stored.accuracy), rtol=0.02)
 
 
 def test_notebooks_hold_no_outputs_in_git():  # but for the one that shows the paper again, see test_paper_figures.py
