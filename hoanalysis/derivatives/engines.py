@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hoanalysis.derivatives import nested
 from hoanalysis.derivatives.common import BatchDerivatives, Request
-from hoanalysis.derivatives.tangents import OtherBranch, Program, TangentsUnsupported, capture, capture_key
+from hoanalysis.derivatives.tangents import NotFinite, OtherBranch, Program, TangentsUnsupported, capture, capture_key
 from hoanalysis.derivatives.tangents.costs import Cost
 from hoanalysis.errors import ArgumentError, ModelError, NumericsError
 from hoanalysis.partitions import Partition
@@ -236,7 +236,7 @@ class Tangents(Engine):
         if np.isfinite(result.loss):
             for d, tensor in [*result.tensors.items(), *result.diagonals.items()]:
                 if not bool(torch.isfinite(tensor).all()):
-                    raise TangentsUnsupported(f"D{d} of the captured graph is not finite where the loss is")
+                    raise NotFinite(f"D{d} of the captured graph is not finite where the loss is")
         return result
 
 

@@ -58,10 +58,14 @@ class Descent:
     eps: float  # rounding of the parameters' dtype
     labels: tuple[str, ...]
 
-    def rates(self, known: Known) -> tuple[Array | None, list[str]]:
-        """eta, shape (S,), without unit, 0 for groups that must not move; None where no rate makes sense, and why."""
-        groups = system_of(dict(known.tensors), known.norms, self.eps)
-        names, said = np.array(self.labels, dtype=object), _said(groups, self.labels)
+    def rates(self, known: Known, measured: Known) -> tuple[Array | None, list[str]]:
+        """eta, shape (S,), without unit, 0 for groups that must not move; None where no rate makes sense, and why.
+
+        Which groups have an effect is a matter of what was ``measured``: in ``known`` the slopes may be those of steps,
+        of gradients in another precision.
+        """
+        groups = system_of(dict(measured.tensors), known.norms, self.eps)
+        names, said = np.array(self.labels, dtype=object), _said(groups, known.norms, self.labels)
         if not groups.used.any():
             return None, [*said, "no group has curvature, so that no finite rate is best for any"]
         solver, hard = self._solver(groups, known)
@@ -124,10 +128,11 @@ def separable(groups: System, d1: Array, d2: Array) -> Array:
     return out
 
 
-def _said(groups: System, labels: tuple[str, ...]) -> list[str]:
+def _said(groups: System, norms: Array, labels: tuple[str, ...]) -> list[str]:
     names = np.array(labels, dtype=object)
     return [
-        *_about(names[groups.null], "without effect, not moved"),
+        *_about(names[norms == 0], "without a direction when measured, the rate before holds"),
+        *_about(names[groups.null & (norms > 0)], "without effect, not moved"),
         *_about(names[groups.flat], "with a slope and no curvature, not moved"),
     ]
 

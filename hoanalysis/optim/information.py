@@ -10,6 +10,7 @@ with Adam's correction of the start, so that the first x is the first m.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,9 @@ from torch import Tensor
 from hoanalysis import schema
 from hoanalysis.derivatives import engines, heap
 from hoanalysis.derivatives.common import BatchDerivatives, Request, displaced
-from hoanalysis.derivatives.tangents import TangentsUnsupported
+from hoanalysis.derivatives.tangents import NotFinite, TangentsUnsupported
 from hoanalysis.directions import group_norms
-from hoanalysis.errors import DataError
+from hoanalysis.errors import ArgumentError, DataError, NumericsError, listed
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Batch, Problem, State, count_rows, full_precision, keep_random_state
 
@@ -33,11 +34,13 @@ IDENTITY = "training"  # weights that change all the time: a captured program is
 
 @dataclass(frozen=True)
 class Known:
-    """Tensors by the schema's names, with those that leaving out one batch would give, and the norms of u."""
+    """Tensors by the schema's names, with those that leaving out one batch would give, the norms of u, and D1 of the
+    latest batches alone."""
 
     tensors: Mapping[str, Array]
     without_one: tuple[Mapping[str, Array], ...]
     norms: Array
+    latest: Array
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Information:
     #: How many batches were used since the start.
     used: int = 0
     _sums: dict[str, Array] = field(default_factory=dict)
-    _weight: float = 0.0
+    _weights: dict[str, Array] = field(default_factory=dict)  # of each entry: groups without a direction are left out
     _stream: Iterator[Batch] | None = None
     _latest: list[tuple[float, Batch, float]] = field(default_factory=list)  # weight, batch, its loss
 
@@ -70,9 +73,13 @@ class Information:
             Where a derivative is not finite.
         DataError
             Where the problem's data has no batches.
+        ArgumentError
+            Where a parameter requires a gradient now that had none when the partition was made.
         """
         dtype = self.problem.upcast()
         state = self.problem.state(dtype=dtype)
+        if new := [n for n in state.parameters if n not in direction]:
+            raise ArgumentError(f"unfrozen after the optimizer was made: {listed(new)}", do="make a new optimizer")
         u = {n: direction[n].to(p) for n, p in state.parameters.items()}
         weights, found, self._latest = [], [], []
         with heap.reused(), torch.enable_grad():
@@ -112,22 +119,34 @@ class Information:
             total = weights[kept].sum()
             return {k: sum(weights[i] * found[i][k] for i in kept) / total / _size(k, unit) for k in found[0]}
 
-        def joined(new: Mapping[str, Array]) -> dict[str, Array]:
-            old = self.average if self._sums else 0.0
-            return {k: (old * self._sums[k] if old else 0.0) + (1 - self.average) * x for k, x in new.items()}
+        def joined(old: Mapping[str, Array], new: Mapping[str, Array | float]) -> dict[str, Array]:
+            known = {k: _where(k, norms > 0) for k in found[0]}
+            return {
+                k: np.where(mask, self.average * old.get(k, 0.0) + (1 - self.average) * new[k], old.get(k, 0.0))
+                for k, mask in known.items()
+            }
 
         everything = list(range(len(found)))
-        left_out = [joined(mean([j for j in everything if j != i])) for i in everything] if len(found) > 1 else []
-        self._sums, self._weight = joined(mean(everything)), self.average * self._weight + 1 - self.average
-        return Known(self._scaled(self._sums, unit), tuple(self._scaled(one, unit) for one in left_out), norms)
+        without = [mean([j for j in everything if j != i]) for i in everything] if len(found) > 1 else []
+        left_out = [joined(self._sums, one) for one in without]
+        latest = mean(everything)
+        self._sums = joined(self._sums, latest)
+        self._weights = joined(self._weights, dict.fromkeys(found[0], 1.0))
+        left = tuple(self._scaled(one, unit) for one in left_out)
+        return Known(self._scaled(self._sums, unit), left, norms, latest[schema.derivative(1)] * unit)
 
     def _scaled(self, sums: Mapping[str, Array], unit: Array) -> dict[str, Array]:
-        return {k: x * _size(k, unit) / self._weight for k, x in sums.items()}
+        weights = {k: np.where(w > 0, w, 1.0) for k, w in self._weights.items()}
+        return {k: x * _size(k, unit) / weights[k] for k, x in sums.items()}
 
     def _derivatives(self, state: State, u: Mapping[str, Tensor], batch: Batch) -> BatchDerivatives:
         task = engines.Task(self.problem, state, u, self.partition, self.request, self.memory, IDENTITY)
         try:
             result = engines.choose(task, self.engine, check_all=False).batch(batch)
+        except NotFinite as reason:  # nothing is wrong with the engine: the next batch is another
+            if self.engine == "tangents":
+                raise NumericsError(str(reason), do="scale the direction down, or train in float64") from None
+            result = engines.fall_back(task, self.engine, reason).batch(batch)
         except TangentsUnsupported as reason:
             result = engines.fall_back(task, self.engine, reason).batch(batch)
             self.engine = "nested"
@@ -138,31 +157,60 @@ class Information:
         with keep_random_state():  # a loader draws a seed for each pass: training must not depend on how often
             if self._stream is None:
                 self._stream = self._cycle()
+            try:
+                batch = next(self._stream)
+            except BaseException:  # a generator that has raised is at its end: the next call begins another pass
+                self._stream = None
+                raise
             self.used += 1
-            return next(self._stream)
+            return batch
 
     def _cycle(self) -> Iterator[Batch]:
+        data, passes = self.problem.data, 0
+        if getattr(data, "persistent_workers", False):  # its only iterator would be reset under the training's hands
+            data = copy.copy(data)
+            data._iterator = None  # type: ignore[attr-defined]
         while True:
             empty = True
-            for batch in self.problem.data:
+            for batch in data:
                 if count_rows(batch):
                     empty = False
                     yield batch
+            if empty and passes:
+                raise DataError(
+                    "the problem's data is empty when it is gone through again", do="pass a list, or a DataLoader"
+                )
             if empty:
                 raise DataError("the problem's data has no batches", do="check the path, the subset and the loader")
+            passes += 1
+
+    @property
+    def terms(self) -> float:
+        """Of the loss of one batch, where that is their sum: the mean over the latest batches."""
+        return float(np.mean([weight for weight, _, _ in self._latest])) if self.problem.reduction == "sum" else 1.0
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         sums = {k: torch.tensor(x) for k, x in self._sums.items()}  # tensors pass `torch.load` with weights_only
-        return {"used": self.used, "weight": self._weight, "sums": sums}
+        weights = {k: torch.tensor(x) for k, x in self._weights.items()}
+        return {"used": self.used, "weights": weights, "sums": sums}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where a run was saved: with its averages, and after as many batches."""
         self._sums = {k: x.numpy().copy() for k, x in saved["sums"].items()}
-        self._weight, self._stream, self.used = saved["weight"], None, 0
+        if "weight" in saved:  # of an earlier version: one for all entries
+            self._weights = {k: np.full_like(x, saved["weight"]) for k, x in self._sums.items()}
+        else:
+            self._weights = {k: x.numpy().copy() for k, x in saved["weights"].items()}
+        self._stream, self.used = None, 0
         for _ in range(saved["used"]):
             self._next()
+
+
+def _where(name: str, groups: Array) -> Array:
+    """The entries of a tensor whose groups are all among ``groups``."""
+    return np.logical_and.outer(groups, groups) if name == schema.derivative(2) else groups
 
 
 def _size(name: str, norms: Array) -> Array:

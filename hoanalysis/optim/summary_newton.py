@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hoanalysis.analysis.regularized import Regularization, check
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import ENGINES
 from hoanalysis.directions import group_norms
-from hoanalysis.errors import ArgumentError, NumericsError, listed
+from hoanalysis.errors import ArgumentError, DirectionError, NumericsError, listed
 from hoanalysis.optim.descent import CURVATURES, Curvature, Descent
 from hoanalysis.optim.information import Information, Known
 from hoanalysis.optim.updates import Update, resolve
@@ -63,7 +64,8 @@ class SummaryNewton(torch.optim.Optimizer):
     ----------
     problem
         The model that is trained (the same object), the batches for the information, and the loss. Its data may be the
-        training set in another order; nothing else reads the training batches.
+        training set, in another order or shuffled anew; nothing else reads the training batches. A loader with
+        persistent workers must be its own, since two passes over one of these are one.
     partition
         "canonical" (a group per tensor), "layer", "kind", "trivial", "discrete", or a `Partition`. The optimizer's
         ``param_groups`` are its groups, in order; tensors that a partition cuts stand in one for all their groups.
@@ -99,11 +101,12 @@ class SummaryNewton(torch.optim.Optimizer):
         along u is what a single step gains, and late in training that is little more than noise. "confirmed" takes the
         slope of the steps too, and of the rates the part rho that the information's batches confirm:
 
-            eta = rho eta',    rho = eta' . D1 / eta' . g-bar, at least 0 and at most 1,
+            eta = rho eta',    rho = eta' . D1 / eta' . g-bar, at least 0,
 
-        D1 the measured slopes, averaged like the rest of the information. u has the noise of the batches that it is
-        made of, and no other batch has it: rho is near 1 at the start of a training, and falls as gradients become
-        noise.
+        D1 the measured slopes, averaged like the rest of the information. So the steps say how the groups share the
+        way, and other batches how long it is: where nothing is regularized, rho is the minimum along eta' of their
+        second-order model. u has the noise of the batches that it is made of, and other batches do not: rho falls as
+        gradients become noise. That needs data in another order than the training's; a batch confirms itself.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
     backtracking
@@ -180,29 +183,31 @@ class SummaryNewton(torch.optim.Optimizer):
         slope = usual.slope if slope is None else slope
         backtracking = usual.backtracking if backtracking is None else backtracking
         _check(damping=damping, period=period, rates_momentum=rates_momentum, average=average, batches=batches)
-        _check(backtracking=backtracking)
+        _check(backtracking=backtracking, trust=trust)
         _check_choices(negative=(negative, NEGATIVE), slope=(slope, SLOPES), engine=(engine, ENGINES))
         _check_choices(curvature=(curvature, CURVATURES))
-        if trust and (batches < 2 or not trust > 0):
-            raise ArgumentError("trust is a positive number of standard errors", do="it needs batches=2 or more")
+        if trust and batches < 2:
+            raise ArgumentError("trust needs errors, and one batch has none", do="batches=2 or more")
         self.problem = problem
         self.partition = partitions.resolve(partition, problem.model)
-        self.update = resolve(direction)
+        self.update, self._own_direction = resolve(direction), callable(direction)
         self.slope = slope
         self.period, self.rates_momentum = int(period), float(rates_momentum)
         self.backtracking = int(backtracking)
         self.status = "skipped: no step yet"
         parameters = dict(problem.model.named_parameters())
         self._parameters = {n: parameters[n] for n in self.partition.parameters}
+        self._dtypes = {n: p.dtype for n, p in self._parameters.items()}
         request = Request(2, 3 if regularization in ("r", "cubic") else None)
         self.information = Information(problem, self.partition, request, average, int(batches), engine, memory)
         eps = eps_of(problem.upcast() or next(iter(self._parameters.values())).dtype)
         self.descent = Descent(regularization, curvature, epsilon, negative, trust, eps, self.partition.labels)
         self._eta: np.ndarray | None = None
+        self._said = self.status  # of the last measurement
         self._lengths = np.zeros(len(self.partition))  # |U^s| where eta was measured
         self.last_slopes = np.full(len(self.partition), np.nan)  # what the last rates rested on
         self._slopes = np.zeros(len(self.partition))  # the moving average over steps, and the sum of its weights
-        self._slopes_weight = 0.0
+        self._slopes_weight = np.zeros(len(self.partition))
         self.confirmed = 1.0
         self._steps = 0
         super().__init__(_groups(self.partition, self._parameters), {"lr": float(damping)})
@@ -231,21 +236,30 @@ class SummaryNewton(torch.optim.Optimizer):
             return loss
         lengths = group_norms(u, self.partition)
         if self.slope != "measured":
-            self._slopes = MEMORY * self._slopes + (1 - MEMORY) * self._own_slopes(u) / np.where(
-                lengths > 0, lengths, 1
-            )
-            self._slopes_weight = MEMORY * self._slopes_weight + 1 - MEMORY
-        measures = self._steps % self.period == 0 or self._eta is None
-        if measures:
-            self._measure(u)
+            self._remember(self._own_slopes(u), lengths)
+        new = (lengths > 0) & (self._lengths == 0)  # no rate was ever measured for these
+        measures = self._steps % self.period == 0 or self._eta is None or bool(new.any())
+        fresh = self._measure(u) if measures else False
         self._steps += 1
+        self.status = self._said
         if self._eta is not None:
-            self._move(u, self._eta if measures else self._held(lengths, self._eta))
+            self._move(u, self._eta if fresh else self._held(lengths, self._eta))
         return loss
+
+    def _remember(self, slopes: np.ndarray, lengths: np.ndarray) -> None:
+        """The moving average over those steps that a group had a direction in."""
+        there = (lengths > 0) & np.isfinite(slopes)
+        unit = np.where(there, slopes, 0.0) / np.where(lengths > 0, lengths, 1)
+        self._slopes = np.where(there, MEMORY * self._slopes + (1 - MEMORY) * unit, self._slopes)
+        self._slopes_weight = np.where(there, MEMORY * self._slopes_weight + 1 - MEMORY, self._slopes_weight)
 
     def _direction(self) -> dict[str, Tensor] | str:
         """u by parameter, zeros where a parameter has no gradient; or why there is none."""
+        if changed := [n for n, p in self._parameters.items() if p.dtype != self._dtypes[n]]:
+            raise ArgumentError(f"of another dtype than at the start: {listed(changed)}", do="make a new optimizer")
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        if not gradients:
+            return "no parameter of the problem's model has a gradient"
         if sparse := [n for n, g in gradients.items() if g.layout != torch.strided]:
             raise ArgumentError(f"gradients of another layout than dense: {listed(sparse)}", do="use sparse=False")
         bad = [n for n, g in gradients.items() if not bool(g.sum().isfinite()) and not bool(g.isfinite().all())]
@@ -254,6 +268,8 @@ class SummaryNewton(torch.optim.Optimizer):
         if not any(bool(g.count_nonzero()) for g in gradients.values()):
             return "the gradient is zero"
         u = {n: self.update(g, self.state[self._parameters[n]]) for n, g in gradients.items()}
+        if self._own_direction:
+            _check_direction(u, gradients)
         return {n: u[n] if n in u else torch.zeros_like(p) for n, p in self._parameters.items()}
 
     def _own_slopes(self, u: Mapping[str, Tensor]) -> np.ndarray:
@@ -270,57 +286,61 @@ class SummaryNewton(torch.optim.Optimizer):
                 np.add.at(total, np.asarray(a), product.numpy())
         return total
 
-    def _measure(self, u: Mapping[str, Tensor]) -> None:
-        """New rates; those before hold where none can be had."""
+    def _measure(self, u: Mapping[str, Tensor]) -> bool:
+        """Whether there are new rates; those before hold where none can be had."""
         try:
             known = self.information.measure(u)
-            eta, said = self.descent.rates(self._with_slopes(known))
+            eta, said = self.descent.rates(self._with_slopes(known), known)
         except NumericsError as error:
             eta, said = None, [error.what]
         if eta is not None:
             eta = self._confirmed(eta, known.tensors["D1"])
-            said += [] if self.confirmed else ["other batches confirm no part of the slope: all rates are 0"]
-            m = self.rates_momentum
-            eta = eta if self._eta is None else m * self._eta + (1 - m) * eta
-            eta, halvings = self._backtracked(u, eta, known.tensors["D1"])
-            said += [f"halved {halvings} times, until the loss fell"] if halvings else []
+            if not eta.any():
+                unsure = "other batches confirm no part of the slope"
+                said.append(f"{'no direction goes down' if self.confirmed else unsure}: the new rates are 0")
+            before, m = np.zeros_like(eta) if self._eta is None else self._eta, self.rates_momentum
+            eta = eta if self._eta is None else m * before + (1 - m) * eta
+            eta, halved = self._backtracked(u, np.where(known.norms > 0, eta, before), known.latest)
+            said += [halved] if halved else []
         if eta is None:
-            self.status = "; ".join([("skipped: " if self._eta is None else "kept: ") + said[-1], *said[:-1]])
-            return
-        self._eta, self._lengths = eta, known.norms
-        self.status = "\n".join(said) or "ok"
+            self._said = "; ".join([("skipped: " if self._eta is None else "kept: ") + said[-1], *said[:-1]])
+            return False
+        self._eta, self._lengths = eta, np.where(known.norms > 0, known.norms, self._lengths)
+        self._said = "\n".join(said) or "ok"
+        return True
 
     def _with_slopes(self, known: Known) -> Known:
         """The slopes that the rates are to rest on."""
         if self.slope == "measured":
             return known
-        self.last_slopes = np.maximum(self._slopes / self._slopes_weight, 0.0) * known.norms
+        weight = np.where(self._slopes_weight > 0, self._slopes_weight, 1.0) * self.information.terms
+        self.last_slopes = np.maximum(self._slopes / weight, 0.0) * known.norms
         d1 = {"D1": self.last_slopes}
         left_out = tuple({**one, **d1} for one in known.without_one)
         return replace(known, tensors={**known.tensors, **d1}, without_one=left_out)
 
     def _confirmed(self, eta: np.ndarray, measured: np.ndarray) -> np.ndarray:
         """rho eta, with the slopes that are ``measured`` on batches that u was not made of."""
-        if self.slope == "confirmed":
+        if self.slope == "confirmed" and eta.any():
             gain, expected = float(eta @ measured), float(eta @ self.last_slopes)
-            self.confirmed = min(max(gain / expected, 0.0), 1.0) if expected > 0 else 1.0
+            self.confirmed = max(gain / expected, 0.0) if expected > 0 else 0.0
         return self.confirmed * eta
 
-    def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, int]:
-        """eta halved until curvature takes no more than nine tenths of what its slope gives, and how often.
+    def _backtracked(self, u: Mapping[str, Tensor], eta: np.ndarray, latest: np.ndarray) -> tuple[np.ndarray, str]:
+        """eta halved until curvature takes no more than nine tenths of what its slope gives, and what was done.
 
         Where the slope is that of the latest batches, this is the rule of Armijo: their loss falls by a tenth of it.
         Another slope is compared with what their loss adds to its own linear part, so that a batch that happens to
         slope the other way does not stop the training.
         """
-        slope = measured if self.slope == "measured" else self.last_slopes
+        slope = latest if self.slope == "measured" else self.last_slopes
         for i in range(self.backtracking):
             expected = max(float(eta @ slope), 0.0)
-            linear = expected if self.slope == "measured" else float(eta @ measured)
+            linear = expected if self.slope == "measured" else float(eta @ latest)
             if self.information.change(u, eta) + linear <= (1 - SUFFICIENT) * expected:
-                return eta, i
+                return eta, f"halved {i} times, until the loss fell" if i else ""
             eta = eta / 2
-        return eta, self.backtracking
+        return eta, f"halved {self.backtracking} times, and the loss did not fall" if self.backtracking else ""
 
     def _held(self, lengths: np.ndarray, eta: np.ndarray) -> np.ndarray:
         """The rates for a step that did not measure: none is negative, and no group goes further than it was seen to.
@@ -346,11 +366,11 @@ class SummaryNewton(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of `torch.optim.Optimizer`, with the rates, the averages and the place in the data under an entry of its
         own."""
-        own = {"steps": self._steps, "status": self.status, "labels": list(self.partition.labels)}
+        own = {"steps": self._steps, "status": self._said, "labels": list(self.partition.labels)}
         own |= {
             "eta": None if self._eta is None else self._eta.tolist(),
             "lengths": self._lengths.tolist(),
-            "slopes": [self._slopes_weight, *self._slopes.tolist()],
+            "slopes": [self._slopes_weight.tolist(), *self._slopes.tolist()],
             "confirmed": self.confirmed,
             "information": self.information.state_dict(),
         }
@@ -365,12 +385,24 @@ class SummaryNewton(torch.optim.Optimizer):
                 f"the state_dict is of another partition: {listed(own['labels'])}",
                 do=f"make the optimizer with that partition; this one has {listed(self.partition.labels)}",
             )
+        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if mine["names"] != theirs["names"]:
+                raise ArgumentError(
+                    f"in the state_dict {listed(theirs['labels'])} holds other parameters: {listed(theirs['names'])}",
+                    do=f"make the optimizer with that partition; here it holds {listed(mine['names'])}",
+                )
+        if self.information.request.diagonal and own["information"]["sums"].keys() == {"D1", "D2"}:
+            raise ArgumentError(
+                "the state_dict is of a regularization without D3", do="make the optimizer with that regularization"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != EXTRA})
         self._steps, self.status = own["steps"], own["status"]
+        self._said = self.status
         self._eta = None if own["eta"] is None else np.array(own["eta"], dtype=float)
         self._lengths = np.array(own["lengths"], dtype=float)
-        self._slopes_weight, *slopes = own.get("slopes", [0.0] * (1 + len(self.partition)))  # none in earlier versions
+        weight, *slopes = own.get("slopes", [0.0] * (1 + len(self.partition)))  # none in earlier versions
         self._slopes = np.array(slopes, dtype=float)
+        self._slopes_weight = np.zeros_like(self._slopes) + weight  # in earlier versions one for all
         self.confirmed = own.get("confirmed", 1.0)
         self.information.load_state_dict(own["information"])
 
@@ -391,10 +423,26 @@ def _groups(partition: Partition, parameters: Mapping[str, Tensor]) -> list[dict
     ]
 
 
+def _check_direction(u: Mapping[str, object], gradients: Mapping[str, Tensor]) -> None:
+    """Of a function of the user's own."""
+    for name, g in gradients.items():
+        found = u[name]
+        if not isinstance(found, Tensor) or found.shape != g.shape:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise DirectionError(
+                f"the direction's function gave {what} for {name!r}, whose gradient has shape {tuple(g.shape)}",
+                do="return a tensor like the gradient",
+            )
+        if not bool(found.isfinite().all()):
+            raise DirectionError(
+                f"the direction's function gave values that are not finite for {name!r}", do="the gradient was finite"
+            )
+
+
 def _check(**numbers: float) -> None:
     whole, shares = {"period": 1, "batches": 1, "backtracking": 0}, ("rates_momentum", "average")
     for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not np.isfinite(x):
+        if isinstance(x, bool) or not isinstance(x, Real) or not np.isfinite(x):
             raise ArgumentError(f"{name} is a number, not {x!r}")
         if name in whole and (x < whole[name] or x != int(x)):
             raise ArgumentError(f"{name} is a whole number of at least {whole[name]}, not {x!r}")
@@ -402,6 +450,8 @@ def _check(**numbers: float) -> None:
             raise ArgumentError(f"{name} is at least 0 and below 1, not {x!r}")
         if name == "damping" and not x > 0:
             raise ArgumentError(f"damping is positive, not {x!r}")
+        if name == "trust" and x < 0:
+            raise ArgumentError(f"trust is a number of standard errors, at least 0, not {x!r}")
 
 
 def _check_choices(**given: tuple[str, Iterable[str]]) -> None:

@@ -143,11 +143,11 @@ def test_R4_ctrl_c_that_falls_into_a_finalizer_is_not_lost(
     forks: Forks, tmp_path: Path, sent: str, status: int
 ) -> None:
     kill = f"os.kill(os.getpid(), signal.{sent})"
-    end = summarized(forks, tmp_path, at_the_end=kill, then="del ends; time.sleep(5)")
+    end = summarized(forks, tmp_path, at_the_end=kill, then="del ends; time.sleep(60)")
     assert end.status == status, end.output
     assert "interrupted" in end.output
     assert "Exception ignored" not in end.output
-    assert end.seconds < 5
+    assert end.seconds < 60
 
 
 def test_R4_nothing_is_told_of_what_ctrl_c_left_half_made(forks: Forks, tmp_path: Path) -> None:

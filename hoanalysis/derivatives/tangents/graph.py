@@ -25,6 +25,10 @@ class TangentsUnsupported(Exception):
     """The engine cannot take this model, batch or request; its text is the reason, for provenance."""
 
 
+class NotFinite(TangentsUnsupported):
+    """A derivative is not finite where the loss is: of this batch at these weights, and not of the model."""
+
+
 class OtherBranch(TangentsUnsupported):
     """The call took another branch, or other shapes, than the batch or weights that it was captured with."""
 
