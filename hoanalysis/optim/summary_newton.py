@@ -64,8 +64,7 @@ class SummaryNewton(torch.optim.Optimizer):
     ----------
     problem
         The model that is trained (the same object), the batches for the information, and the loss. Its data may be the
-        training set, in another order or shuffled anew; nothing else reads the training batches. A loader with
-        persistent workers must be its own, since two passes over one of these are one.
+        training set, in another order or shuffled anew; nothing else reads the training batches.
     partition
         "canonical" (a group per tensor), "layer", "kind", "trivial", "discrete", or a `Partition`. The optimizer's
         ``param_groups`` are its groups, in order; tensors that a partition cuts stand in one for all their groups.
@@ -104,11 +103,13 @@ class SummaryNewton(torch.optim.Optimizer):
             eta = rho eta',    rho = eta' . D1 / eta' . g-bar, at least 0,
 
         D1 the measured slopes, averaged like the rest of the information. So the steps say how the groups share the
-        way, and other batches how long it is: where nothing is regularized, rho is the minimum along eta' of their
-        second-order model. u has the noise of the batches that it is made of, and other batches do not: rho falls as
-        gradients become noise. That needs data in another order than the training's; a batch confirms itself.
+        way, and other batches how long it is: with the curvature that eta' was solved for, not regularized, rho is the
+        minimum of their second-order model along eta'. u has the noise of the batches that it is made of, and other
+        batches do not: rho falls as gradients become noise. That needs data in another order than the training's; a
+        batch confirms itself.
     trust
         Rates closer to 0 than ``trust`` standard errors are set to 0; the errors are the jackknife's over ``batches``.
+        Unless ``slope`` is "measured" they are those of the curvature alone.
     backtracking
         How often eta may be halved, 0 for never.
     engine, memory
@@ -127,12 +128,14 @@ class SummaryNewton(torch.optim.Optimizer):
     Notes
     -----
     A measurement is followed by backtracking: eta is halved until the loss of the same batches falls by a tenth of what
-    its slope says, at most ``backtracking`` times, for a forward pass each. In the steps until the next one negative
-    rates count as 0, and no group goes further than |eta_s U^s| was when it was measured.
+    its slope says, at most ``backtracking`` times, for a forward pass each; ``lr`` is not in it. In the steps until the
+    next one negative rates count as 0, and no group goes further than |eta_s U^s| was when it was measured.
 
     Dropout makes L random and is refused by `Problem`; BatchNorm in train mode is differentiated as it is. Gradients
-    may be clipped before `step`: u is what it finds in ``.grad``. Groups without effect (a bias before a norm), and
-    groups with a slope but no curvature, do not move, and ``status`` names them.
+    may be clipped or scaled before `step`: u is what it finds in ``.grad``, and how far to go is measured. A group
+    without a gradient at a measurement keeps its rate, and one that gets its first later is measured at once. Groups
+    without effect (a bias before a norm), and groups with a slope but no curvature, do not move, and ``status`` names
+    them.
 
     Source: arXiv 2312.03885, Section 3.1, training step 3; Sections 3.2 and 3.3 for "r" and "cubic".
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -151,10 +152,13 @@ def test_blocks_are_rows_and_columns_of_their_kinds(ds):
 
 def test_the_mask_hides_what_two_errors_do_not_tell_from_zero(ds):
     one = ds.sel(step=0)
-    shown = Session(ds).view(State(step=0, mask=True)).shown
+    session = Session(ds)
+    shown = session.view(State(step=0, mask=True)).shown
     doubtful = np.abs(one.D2.values) < 2 * one.D2_se.values
     assert doubtful.any()
     assert_array_equal(shown.values == 0, doubtful)
+    errors = np.abs(shown.values) / np.linspace(1.99, 2.01, len(shown.values))  # on both sides of two
+    assert_array_equal(replace(shown, errors=errors).settled, (np.abs(shown.values) >= 2 * errors) | doubtful)
 
 
 def test_a_shared_scale_ends_at_the_largest_entry_of_the_run(ds):
