@@ -184,7 +184,7 @@ def test_backtracking_tells_whether_the_loss_fell():
 def test_backtracking_is_not_stopped_by_a_batch_that_slopes_the_other_way():
     for average in (0.0, 0.8):
         model, data = network(), [batch()]
-        optimizer = made(model, data, backtracking=8, period=1, slope="steps", average=average, direction="gradient")
+        optimizer = made(model, data, backtracking=8, period=1, slope="steps", average=average)
         for _ in range(5):
             one(model, optimizer, batch())
         x, _ = batch()
@@ -217,8 +217,11 @@ def test_heads_that_are_trained_by_turns_both_train(average):
         optimizer.step()
         if i == 0:
             assert "the rate before holds: 'b.weight', 'b.bias'" in optimizer.status
+            rate = optimizer.rates["a.weight"]
         if i == 1:
             assert optimizer.rates["b.weight"] > 0
+            assert optimizer.rates["a.weight"] == rate > 0
+    assert optimizer.information.used == 5  # at the steps 0, 1 for head b, 10, 20 and 30
     after = [F.cross_entropy(out, y).item() for out in model(x)]
     assert all(a < 0.9 * b for a, b in zip(after, before, strict=True))
 
