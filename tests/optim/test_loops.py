@@ -227,7 +227,7 @@ def test_heads_that_are_trained_by_turns_both_train(average):
 
 
 def test_averages_leave_out_the_measurements_in_which_a_group_had_no_direction():
-    """D2 of head b, which has a direction from the second measurement on, is that of an optimizer that began there."""
+    """Those of head b, which has a direction from the second step on, are those of an optimizer that began there."""
     (x, y), seen = batch(), []
     loss = lambda out, y: F.cross_entropy(out[0], y) + F.cross_entropy(out[1], y)  # noqa: E731
     for steps in ((0, 1, 1), (1, 1)):
@@ -241,9 +241,16 @@ def test_averages_leave_out_the_measurements_in_which_a_group_had_no_direction()
             optimizer.step()
         at = slice(4, 6)
         known = optimizer.information
-        seen.append((known._sums["D2"][at, at] / known._weights["D2"][at, at], known._weights["D2"][at, at]))
+        seen.append(
+            (
+                known._sums["D2"][at, at] / known._weights["D2"][at, at],
+                known._weights["D2"][at, at],
+                optimizer.last_slopes[at],
+            )
+        )
     np.testing.assert_allclose(seen[0][0], seen[1][0], rtol=1e-12)
     np.testing.assert_allclose(seen[0][1], seen[1][1], rtol=1e-12)
+    np.testing.assert_allclose(seen[0][2], seen[1][2], rtol=1e-12)
 
 
 def test_where_the_step_climbs_by_its_own_slopes_nothing_is_confirmed():
