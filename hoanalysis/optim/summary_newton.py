@@ -16,10 +16,10 @@ from hoanalysis.analysis.groups import eps_of
 from hoanalysis.analysis.regularized import Regularization, check
 from hoanalysis.derivatives.common import Request
 from hoanalysis.derivatives.engines import ENGINES
-from hoanalysis.directions import group_norms
 from hoanalysis.errors import ArgumentError, DirectionError, NumericsError, listed
 from hoanalysis.optim.descent import CURVATURES, Curvature, Descent
 from hoanalysis.optim.information import Information, Known
+from hoanalysis.optim.passes import group_inner
 from hoanalysis.optim.updates import Update, resolve
 from hoanalysis.partitions import Partition
 from hoanalysis.problem import Problem
@@ -237,7 +237,7 @@ class SummaryNewton(torch.optim.Optimizer):
         if isinstance(u, str):
             self.status = f"skipped: {u}"
             return loss
-        lengths = group_norms(u, self.partition)
+        lengths = np.sqrt(group_inner(u, u, self.partition))
         if self.slope != "measured":
             self._remember(self._own_slopes(u), lengths)
         new = (lengths > 0) & (self._lengths == 0)  # no rate was ever measured for these
@@ -277,17 +277,8 @@ class SummaryNewton(torch.optim.Optimizer):
 
     def _own_slopes(self, u: Mapping[str, Tensor]) -> np.ndarray:
         """g^s . U^s, shape (S,), with g the gradient that this step was given."""
-        total = np.zeros(len(self.partition))
-        for name, p in self._parameters.items():
-            if p.grad is None:
-                continue
-            product = (p.grad * u[name]).double().cpu()
-            a = self.partition.assignment[name]
-            if isinstance(a, int):
-                total[a] += float(product.sum())
-            else:
-                np.add.at(total, np.asarray(a), product.numpy())
-        return total
+        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        return group_inner(gradients, u, self.partition)
 
     def _measure(self, u: Mapping[str, Tensor]) -> bool:
         """Whether there are new rates; those before hold where none can be had."""

@@ -6,6 +6,7 @@ parameter, in which it may keep what it likes. A function of the user's own is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hoanalysis.errors import DirectionError, nearest
+from hoanalysis.optim.passes import pieces
 
 Update = Callable[[Tensor, dict[str, Any]], Tensor]
 
@@ -43,11 +45,17 @@ def adam(g: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.
     if "exp_avg" not in state:
         state |= {"step": 0, "exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
     state["step"] += 1
-    m = state["exp_avg"].lerp_(g, 1 - betas[0])
-    v = state["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    root = (v / (1 - betas[1] ** state["step"])).sqrt()
-    least = torch.finfo(g.dtype).tiny  # a tensor that has had no gradient yet: 0 / least
-    return m / (1 - betas[0] ** state["step"]) / (root + eps * root.square().mean().sqrt() + least)
+    m, v, u = state["exp_avg"], state["exp_avg_sq"], torch.empty_like(g)
+    one, two = (1 - beta ** state["step"] for beta in betas)
+    wide, total = torch.promote_types(g.dtype, torch.float32), 0.0
+    for g_, m_, v_ in pieces(g, m, v):
+        m_.lerp_(g_, 1 - betas[0])
+        total += float(v_.mul_(betas[1]).addcmul_(g_, g_, value=1 - betas[1]).sum(dtype=wide))
+    # (1 - beta^t) (sqrt(v^) + eps rms), and 0 / least for a tensor that has had no gradient yet
+    least = one * eps * math.sqrt(total / (two * max(g.numel(), 1))) + torch.finfo(g.dtype).tiny
+    for u_, m_, v_ in pieces(u, m, v):
+        torch.div(m_, v_.sqrt().mul_(one / math.sqrt(two)).add_(least), out=u_)
+    return u
 
 
 UPDATES: dict[str, Update] = {"gradient": gradient, "momentum": momentum, "adam": adam}

@@ -17,7 +17,7 @@ from torch.func import functional_call, hessian
 import hoanalysis as ho
 from hoanalysis import models
 from hoanalysis.analysis.groups import system_of
-from hoanalysis.optim import SummaryNewton
+from hoanalysis.optim import SummaryNewton, passes
 from hoanalysis.optim.descent import FLOOR, SHARE, absolute, separable
 from hoanalysis.optim.updates import adam
 
@@ -312,6 +312,29 @@ def test_the_update_of_adam_does_not_depend_on_the_unit_and_is_zero_without_grad
         torch.testing.assert_close(u, before - torchs.detach(), rtol=1e-3, atol=0)  # eps is 1e-5 of the rms
         torch.testing.assert_close(adam(1e-12 * g, scaled), u, rtol=1e-12, atol=0)
     assert adam(torch.zeros(3), {}).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_passes_in_pieces_are_those_of_the_whole(monkeypatch, turned):
+    def drawn(seed: int) -> Tensor:
+        g = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return g.T if turned else g
+
+    whole, parts = {}, {}
+    for seed in range(3):
+        monkeypatch.setattr(passes, "PIECE", 2**17)
+        expected = adam(drawn(seed), whole)
+        monkeypatch.setattr(passes, "PIECE", 4)
+        assert len(list(passes.pieces(drawn(seed)))) == (1 if turned else 9)
+        torch.testing.assert_close(adam(drawn(seed), parts), expected, rtol=1e-13, atol=1e-13)
+    model = network()
+    a, b = ({n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(2))
+    for partition in (ho.Partition.canonical(model), ho.Partition.split(model, {"0.weight": (0, 2)})):
+        products = [(a[n] * b[n]).detach().numpy() for n in a]
+        by_hand = [float(x.sum()) for x in products]
+        if len(partition) > len(by_hand):
+            by_hand[:1] = [float(products[0][:2].sum()), float(products[0][2:].sum())]
+        np.testing.assert_allclose(passes.group_inner(a, b, partition), by_hand, rtol=1e-12)
 
 
 def test_a_zero_gradient_and_a_linear_loss_move_nothing_and_say_so():
